@@ -1,0 +1,19 @@
+"""Errors that are the user's to fix. Each message says what is wrong, where, and what to do."""
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot run. The message lists every problem found."""
+
+
+class DataError(ValueError):
+    """Data that cannot be used: the message names the file, the row and the reason."""
+
+
+class MissingExtraError(ConfigError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(
+            f"the package '{package}' is needed for {purpose} but is not installed: "
+            f"run  pip install '.[{extra}]' -c constraints.txt  in the project's directory"
+        )

@@ -1,0 +1,38 @@
+"""What a stage needs from the launcher and the engine for each of its models."""
+
+from dataclasses import dataclass
+
+from rlhf.config.schema import OptimizerConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Role:
+    """One model of a stage: actor, critic, reference, reward_model, or simply model.
+
+    `batch_size` is the global number of sequences per optimizer step, `micro_batch_size_per_gpu` those of one forward
+    and backward pass on one rank. A role without an optimizer is never trained.
+    """
+
+    name: str
+    optimizer: OptimizerConfig | None
+    batch_size: int
+    micro_batch_size_per_gpu: int
+
+    def accumulation_steps(self, ranks: int) -> int:
+        """Micro-batches per optimizer step on each rank: batch_size / (micro_batch_size_per_gpu * ranks)."""
+        return max(1, self.batch_size // (self.micro_batch_size_per_gpu * ranks))
+
+
+def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:
+    """Say why a global batch can't be cut into whole micro-batches on all ranks, and name the nearest sizes that can."""
+    if batch_size < 1 or micro_batch_size_per_gpu < 1:
+        return [f"{key}={batch_size} with micro_batch_size_per_gpu={micro_batch_size_per_gpu}: both must be at least 1"]
+    unit = micro_batch_size_per_gpu * ranks
+    if batch_size % unit == 0:
+        return []
+    below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
+    choices = f"{above}" if below == 0 else f"{below} or {above}"
+    return [
+        f"{key}={batch_size} is not a multiple of micro_batch_size_per_gpu × ranks = "
+        f"{micro_batch_size_per_gpu} × {ranks} = {unit}: set it to {choices}, or change the micro-batch"
+    ]

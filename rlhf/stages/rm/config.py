@@ -1,0 +1,40 @@
+"""Options of reward-model training."""
+
+from dataclasses import dataclass
+
+from rlhf.config.fields import option, option_factory
+from rlhf.config.roles import Role, divisibility_problems
+from rlhf.config.schema import OptimizerConfig, StageConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class RMConfig(StageConfig):
+    """Pairwise ranking loss on a scalar head (Bradley-Terry; InstructGPT, equation 1)."""
+
+    name: str = option("rm", "The stage: a folder of rlhf/stages.")
+    sft_model: str | None = option(
+        None, "Directory of the model to start from; null starts from `reward_model` (a pipeline fills in its SFT model)."
+    )
+    batch_size: int = option(64, "Pairs per optimizer step, over all ranks.")
+    micro_batch_size_per_gpu: int = option(8, "Pairs per forward and backward pass on one rank.")
+    epochs: float = option(1.0, "Passes over the training part.")
+    max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.")
+    eval_every: int = option(100, "Optimizer steps between evaluations; there is one before and one after in any case.")
+    eval_examples: int = option(1024, "Held-out pairs per evaluation at most.")
+    centering_coef: float = option(0.01, "Weight of (chosen + rejected)^2, which keeps the mean score near zero.")
+    optimizer: OptimizerConfig = option_factory(OptimizerConfig, "Optimizer of the model.")
+
+    def roles(self) -> list[Role]:
+        """One trained model; a pair is two sequences in one forward pass."""
+        return [
+            Role(
+                name="model",
+                optimizer=self.optimizer,
+                batch_size=self.batch_size,
+                micro_batch_size_per_gpu=self.micro_batch_size_per_gpu,
+            )
+        ]
+
+    def problems(self, prefix: str, ranks: int) -> list[str]:
+        """Batch sizes that do not divide."""
+        return divisibility_problems(f"{prefix}.batch_size", self.batch_size, self.micro_batch_size_per_gpu, ranks)

@@ -1,0 +1,36 @@
+"""Options of supervised fine-tuning."""
+
+from dataclasses import dataclass
+
+from rlhf.config.fields import option, option_factory
+from rlhf.config.roles import Role, divisibility_problems
+from rlhf.config.schema import OptimizerConfig, StageConfig
+
+
+@dataclass(kw_only=True, slots=True)
+class SFTConfig(StageConfig):
+    """Next-token training on the response tokens of the demonstrations."""
+
+    name: str = option("sft", "The stage: a folder of rlhf/stages.")
+    batch_size: int = option(64, "Sequences per optimizer step, over all ranks.")
+    micro_batch_size_per_gpu: int = option(8, "Sequences per forward and backward pass on one rank.")
+    epochs: float = option(1.0, "Passes over the training part.")
+    max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.")
+    eval_every: int = option(100, "Optimizer steps between evaluations; there is one before and one after in any case.")
+    eval_examples: int = option(512, "Held-out examples per evaluation at most.")
+    optimizer: OptimizerConfig = option_factory(OptimizerConfig, "Optimizer of the model.")
+
+    def roles(self) -> list[Role]:
+        """One trained model."""
+        return [
+            Role(
+                name="model",
+                optimizer=self.optimizer,
+                batch_size=self.batch_size,
+                micro_batch_size_per_gpu=self.micro_batch_size_per_gpu,
+            )
+        ]
+
+    def problems(self, prefix: str, ranks: int) -> list[str]:
+        """Batch sizes that do not divide."""
+        return divisibility_problems(f"{prefix}.batch_size", self.batch_size, self.micro_batch_size_per_gpu, ranks)
