@@ -135,7 +135,7 @@ class SourceConfig:
     path: str | None = option(None, "File or directory to read (kind=file).")
     part: str | None = option(None, "Which part of a packaged source to read.")
     opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.")
-    weight: float = option(1.0, "Share of the source in the mix, relative to the other sources' weights.")
+    weight: float | None = option(None, "Share in the training mix relative to the other sources; null for all: every row is used.")
 
 
 @dataclass(kw_only=True, slots=True)

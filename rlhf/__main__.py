@@ -1,0 +1,98 @@
+"""The worker that the DeepSpeed launcher starts once per rank: `python -m rlhf --config RUN/config.yaml`."""
+
+import argparse
+import contextlib
+import importlib
+import json
+import logging
+import os
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+
+def main() -> int:
+    """Run the configured stage on this rank and return the exit code: 0, 1 (failure) or 2 (the user's to fix)."""
+    parser = argparse.ArgumentParser(prog="python -m rlhf", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="config.yaml of a stage's run directory")
+    path: Path = parser.parse_args().config
+    run_dir = path.resolve().parent
+    rank = int(os.environ.get("RANK", "0"))
+    redirect_output(run_dir / "logs" / f"rank{rank}.log")
+    try:
+        run_stage(path, run_dir)
+    except BaseException as error:  # Whatever it is, the launcher must learn of it; it is raised again by the exit code.
+        record_error(run_dir / "errors" / f"rank{rank}.json", error)
+        traceback.print_exc()
+        return 2 if is_user_error(error) else 1
+    marker = run_dir / "done" / f"rank{rank}"
+    marker.parent.mkdir(exist_ok=True)
+    marker.touch()
+    return 0
+
+
+def run_stage(path: Path, run_dir: Path) -> None:
+    """Read the configuration, import the stage's loop and run it."""
+    silence_warnings()
+    from rlhf.launcher.watchdog import start_watchdog
+
+    start_watchdog()
+    import torch
+
+    from rlhf.stages import read_config
+
+    config = read_config(path)
+    torch.set_num_threads(config.hardware.threads_per_rank or 1)
+    stage = importlib.import_module(f"rlhf.stages.{config.stage.name}.train")
+    stage.run(config, run_dir)
+    from rlhf.engine.distributed import shut_down
+
+    shut_down()
+
+
+def redirect_output(log: Path) -> None:
+    """Send all of this process's output, also that of libraries, to its log file."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+        os.dup2(descriptor, stream.fileno())
+    os.close(descriptor)
+
+
+def silence_warnings() -> None:
+    """Quiet what a user can do nothing about; errors and this project's own warnings stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", module=r"torch\..*")
+    for name in ("DeepSpeed", "deepspeed", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def is_user_error(error: BaseException) -> bool:
+    """Whether the message alone tells a user what to do."""
+    from rlhf.config.errors import ConfigError, DataError
+
+    return isinstance(error, ConfigError | DataError)
+
+
+def record_error(path: Path, error: BaseException) -> None:
+    """Write why this rank fails, for the launcher to show."""
+    facts = {
+        "type": type(error).__name__,
+        "message": str(error),
+        "traceback": traceback.format_exc(),
+        "user_error": is_user_error(error),
+    }
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    code = main()
+    # A rank that failed must not wait for the others in an exit handler of the process group.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -1,0 +1,52 @@
+"""Rows of token lists to padded tensors. Masks come from lengths: a token that equals the padding id still counts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from rlhf.batch import PreferenceBatch, PromptBatch, SFTBatch
+
+Row = dict[str, Any]
+
+
+def pad(
+    sequences: Sequence[Sequence[int]], *, pad_id: int, left: bool = False, length: int | None = None
+) -> tuple[Int[Tensor, "B T"], Bool[Tensor, "B T"]]:
+    """Pad lists to the longest of them (or `length`): ids int64 [B, T] and a mask [B, T], True at real tokens."""
+    width = length or max(len(sequence) for sequence in sequences)
+    ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
+    mask = torch.zeros((len(sequences), width), dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, columns] = torch.tensor(sequence, dtype=torch.long)
+        mask[row, columns] = True
+    return ids, mask
+
+
+def collate_prompts(rows: Sequence[Row], *, pad_id: int) -> PromptBatch:
+    """Left-pad the prompts."""
+    prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], pad_id=pad_id, left=True)
+    return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+
+
+def collate_sft(rows: Sequence[Row], *, pad_id: int) -> SFTBatch:
+    """Join prompt and chosen answer and right-pad; the answer's tokens, EOS included, are the targets."""
+    sequences = [[*row["prompt_ids"], *row["chosen_ids"]] for row in rows]
+    sequence_ids, attention_mask = pad(sequences, pad_id=pad_id)
+    prompt_lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+    is_response = torch.arange(sequence_ids.shape[1])[None, :] >= prompt_lengths[:, None]
+    return SFTBatch(sequence_ids=sequence_ids, attention_mask=attention_mask, loss_mask=attention_mask & is_response)
+
+
+def collate_pairs(rows: Sequence[Row], *, pad_id: int) -> PreferenceBatch:
+    """Join the prompt with each of its two answers and right-pad all of them to one length."""
+    sides = {side: [[*row["prompt_ids"], *row[f"{side}_ids"]] for row in rows] for side in ("chosen", "rejected")}
+    length = max(len(sequence) for sequences in sides.values() for sequence in sequences)
+    chosen_ids, chosen_mask = pad(sides["chosen"], pad_id=pad_id, length=length)
+    rejected_ids, rejected_mask = pad(sides["rejected"], pad_id=pad_id, length=length)
+    return PreferenceBatch(
+        chosen_ids=chosen_ids, chosen_mask=chosen_mask, rejected_ids=rejected_ids, rejected_mask=rejected_mask
+    )

@@ -1,0 +1,55 @@
+"""One module per kind of source. A module has these two functions and needs no registration:
+
+    conversations(source: SourceConfig, *, name: str, on_bad_row: Callable[[str], None]) -> Iterator[Conversation]
+    content_digest(source: SourceConfig) -> str       a hash of everything that it reads
+
+A module that can also supply an independent judge has `judge_texts() -> tuple[list[str], list[int]]`.
+"""
+
+import importlib
+import pkgutil
+from collections.abc import Iterator
+from types import ModuleType
+
+from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.schema import OnProblem, SourceConfig
+from rlhf.data.conversation import Conversation
+
+LISTED_ROWS = 20
+
+
+def source_kinds() -> list[str]:
+    """The names of the modules in this package."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__))
+
+
+def source_module(kind: str, *, key: str) -> ModuleType:
+    """Import the module of a kind of source; `key` is the configuration key to blame if there is none."""
+    if kind not in source_kinds():
+        raise ConfigError(f"{key}={kind}: no such kind of source; there are {', '.join(source_kinds())}")
+    return importlib.import_module(f"{__name__}.{kind}")
+
+
+def read_source(source: SourceConfig, *, name: str, on_bad_row: OnProblem, bad_rows: list[str]) -> Iterator[Conversation]:
+    """Yield a source's conversations; rows that cannot be used are described in `bad_rows`.
+
+    Raises DataError at the end of the source if there were bad rows and `on_bad_row` is error: the message lists the
+    first 20. Raises DataError also if no row could be used.
+    """
+    module = source_module(source.kind, key=f"data.sources.{name}.kind")
+    found: list[str] = []
+    usable = 0
+    for conversation in module.conversations(source, name=name, on_bad_row=found.append):
+        usable += 1
+        yield conversation
+    bad_rows.extend(found)
+    if found and on_bad_row is OnProblem.error:
+        more = f"\n  … and {len(found) - LISTED_ROWS} more" if len(found) > LISTED_ROWS else ""
+        raise DataError(
+            f"data.sources.{name}: {len(found)} rows cannot be used:\n  "
+            + "\n  ".join(found[:LISTED_ROWS])
+            + more
+            + "\nRepair them, or set data.on_bad_row=skip to leave them out"
+        )
+    if not usable:
+        raise DataError(f"data.sources.{name} ({source.path or source.kind}) has no usable row: it must have at least one")

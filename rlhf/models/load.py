@@ -1,0 +1,131 @@
+"""Models from Hugging Face directories: causal language models and models with a scalar head."""
+
+import math
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from rlhf.config.errors import ConfigError
+
+
+def load_causal_lm(
+    directory: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, attention: str, revision: str | None = None
+) -> PreTrainedModel:
+    """Load a causal language model; its special-token ids are the tokenizer's.
+
+    Sampling defaults that the model carries in generation_config.json are dropped: what is sampled is what the run's
+    configuration says.
+    """
+    model = AutoModelForCausalLM.from_pretrained(
+        directory, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False
+    )
+    set_special_tokens(model, tokenizer)
+    return cast(PreTrainedModel, model)
+
+
+def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the model's configuration and generation defaults the tokenizer's BOS, EOS and PAD ids."""
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, value in ids.items():
+        setattr(model.config, name, value)
+    model.generation_config = GenerationConfig(**ids)
+
+
+class Float32Linear(nn.Linear):
+    """A linear layer that multiplies in fp32 whatever the format of its weights: scores differ by little."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[…, in] of any floating format to [..., out] in fp32."""
+        bias = self.bias.float() if self.bias is not None else None
+        return F.linear(input.float(), self.weight.float(), bias)
+
+
+class ScalarModel(nn.Module):
+    """A transformer with one number per token: a value function, or a reward model read at the last token.
+
+    It wraps a sequence classifier of transformers with one label, so that what it learned is saved as a directory
+    that `AutoModelForSequenceClassification` loads.
+    """
+
+    prefix = "classifier."
+
+    def __init__(self, classifier: PreTrainedModel) -> None:
+        super().__init__()
+        self.classifier = classifier
+        classifier.score.__class__ = Float32Linear  # Same parameters, same hooks; only the arithmetic is fp32.
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        attention_mask: Bool[Tensor, "B T"],
+        position_ids: Int[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """The scalar of every position, fp32."""
+        output: Any = self.classifier.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        )
+        scalars: Tensor = cast(nn.Module, self.classifier.score)(output.last_hidden_state)
+        return scalars.squeeze(-1)
+
+
+def load_scalar_model(
+    directory: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, attention: str, revision: str | None = None
+) -> ScalarModel:
+    """Load a model with a scalar head from a trained reward model, or from a language model (the head is then new).
+
+    Raises:
+        ConfigError: the architecture has no sequence classifier with a `score` head in transformers.
+    """
+    config = AutoConfig.from_pretrained(directory, revision=revision, num_labels=1, trust_remote_code=False)
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(
+            directory,
+            config=config,
+            dtype=dtype,
+            attn_implementation=attention,
+            revision=revision,
+            trust_remote_code=False,
+        )
+    except ValueError as error:
+        if "Unrecognized configuration class" not in str(error):
+            raise
+        raise ConfigError(f"{directory}: transformers has no sequence classifier for {config.model_type}") from error
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        raise ConfigError(f"{directory}: the sequence classifier of {config.model_type} has no linear head named 'score'")
+    set_special_tokens(model, tokenizer)
+    return ScalarModel(model)
+
+
+def has_scalar_head(directory: Path) -> bool:
+    """Whether a model directory holds a trained sequence classifier."""
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return any("SequenceClassification" in name for name in config.architectures or [])
+
+
+def initialize_head_weight(weight: Tensor, *, seed: int) -> None:
+    """Draw the head's weights from N(0, 1/sqrt(d+1)) (Stiennon et al. 2020), the same on every rank."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(weight.shape, generator=generator) / math.sqrt(weight.shape[-1] + 1)
+    with torch.no_grad():
+        weight.copy_(values)
+
+
+def vocabulary_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many of the model's logits name tokens; the rest is padding of the embedding and never sampled."""
+    return min(len(tokenizer), int(model.config.vocab_size))

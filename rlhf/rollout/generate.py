@@ -1,0 +1,83 @@
+"""Sampling responses with transformers' generate."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from rlhf.batch import PromptBatch, Rollout
+from rlhf.engine.generation import generation_mode
+from rlhf.functional.masking import response_mask_from_ids
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sampling:
+    """How tokens are drawn. A temperature of 0 means greedy decoding."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    batch_size: int | None
+
+
+def generate(
+    engine: Any, prompts: PromptBatch, *, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, vocab_limit: int
+) -> Rollout:
+    """Sample one response per prompt with the engine's present weights. Every rank must call.
+
+    Args:
+        engine: the actor's or the reference's engine, any ZeRO stage.
+        prompts: left-padded prompts.
+        tokenizer: gives EOS, at which a response ends, and PAD, with which the batch is filled up.
+        sampling: temperature, truncation of the distribution, longest response.
+        vocab_limit: ids from here on are never sampled.
+
+    Returns:
+        A rollout whose responses are padded to the longest one on this rank (R >= 1).
+    """
+    settings = _generation_config(tokenizer, sampling, vocab_size=engine.module.config.vocab_size, limit=vocab_limit)
+    with generation_mode(engine) as model, torch.no_grad():
+        parts = [
+            _generate_part(model, part, settings)
+            for part in prompts.split(sampling.batch_size or len(prompts))
+        ]
+    width = prompts.prompt_ids.shape[1]
+    longest = max(part.shape[1] for part in parts)
+    pad_id = int(tokenizer.pad_token_id)
+    sequences = torch.cat(
+        [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad_id) for part in parts]
+    )
+    lengths = torch.cat([torch.full((len(part),), part.shape[1] - width, device=part.device) for part in parts])
+    mask = response_mask_from_ids(sequences[:, width:], eos_id=int(tokenizer.eos_token_id))
+    generated = torch.arange(longest - width, device=sequences.device) < lengths.unsqueeze(1)
+    return Rollout(sequence_ids=sequences, prompt_mask=prompts.prompt_mask, response_mask=mask & generated)
+
+
+def _generate_part(model: Any, part: PromptBatch, settings: GenerationConfig) -> torch.Tensor:
+    sequences: torch.Tensor = model.generate(
+        input_ids=part.prompt_ids,
+        attention_mask=part.prompt_mask.long(),
+        generation_config=settings,
+        synced_gpus=False,
+    )
+    return sequences
+
+
+def _generation_config(
+    tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, vocab_size: int, limit: int
+) -> GenerationConfig:
+    greedy = sampling.temperature == 0.0
+    return GenerationConfig(
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=not greedy,
+        temperature=None if greedy else sampling.temperature,
+        top_p=None if greedy else sampling.top_p,
+        top_k=None if greedy else sampling.top_k,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        suppress_tokens=list(range(limit, vocab_size)) or None,
+        use_cache=True,
+    )

@@ -1,0 +1,134 @@
+"""Held-out evaluation of a policy: score, KL, length, and what a judge says that the policy never saw."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, cast
+
+import torch
+
+from rlhf.batch import PromptBatch
+from rlhf.data.collate import collate_prompts
+from rlhf.data.judge import Judge, fit_judge
+from rlhf.data.loader import eval_batches
+from rlhf.engine.distributed import gather_objects
+from rlhf.functional.kl import per_sequence_kl
+from rlhf.rollout.forward import in_micro_batches, response_logprobs
+from rlhf.rollout.generate import generate
+from rlhf.rollout.score import ended_with_eos, response_texts
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
+from rlhf.stages.session import Session
+
+Answer = dict[str, Any]
+
+
+class Evaluator:
+    """Answers the same held-out prompts each time it is asked, with the same random numbers.
+
+    The first evaluation's answers, those of the fine-tuned model, are kept and written beside the later ones.
+    """
+
+    def __init__(self, session: Session, trainer: DeepSpeedPPOTrainer) -> None:
+        self.session = session
+        self.trainer = trainer
+        self.judge: Judge | None = fit_judge(session.config.data) if session.config.data.judge else None
+        rows = session.data.part("ppo", held_out=True)
+        self.rows = rows.select(range(min(cast(PPOConfig, session.config.stage).eval_prompts, len(rows))))
+        self.first_answers: dict[str, Answer] = {}
+
+    def evaluate(self, *, step: int) -> dict[str, float]:
+        """Answer the prompts, score the answers, write metrics and samples. Every rank must call."""
+        session = self.session
+        with session.recorder.phase("evaluation"), _forked_random_state(session.config.seed + session.rank):
+            answers = self._answers()
+        if not self.first_answers:
+            self.first_answers = answers
+        values = self._summarise(answers)
+        session.recorder.metrics(step, values)
+        session.recorder.samples(
+            step,
+            [
+                {"prompt": prompt, "responses": {"sft": self.first_answers[prompt], "ppo": answer}}
+                for prompt, answer in answers.items()
+            ],
+        )
+        judged = f", judge {100 * values['eval/judge_positive']:.0f} % positive" if self.judge else ""
+        session.recorder.line(
+            f"iteration {step}: held-out score {values['eval/score']:.2f}, KL {values['eval/kl_per_sequence']:.1f}, "
+            f"length {values['eval/response_length']:.1f}, EOS {100 * values['eval/eos_rate']:.0f} %{judged}"
+        )
+        return values
+
+    @torch.no_grad()
+    def _answers(self) -> dict[str, Answer]:
+        """Every prompt's answer, on every rank."""
+        session = self.session
+        batches = eval_batches(
+            self.rows,
+            batch_size=cast(PPOConfig, session.config.stage).micro_batch_size_per_gpu * 4,
+            collate=lambda rows: (rows, collate_prompts(rows, pad_id=session.pad_id)),
+            rank=session.rank,
+            ranks=session.ranks,
+        )
+        mine: list[tuple[str, Answer]] = []
+        for (rows, prompts), valid in batches:
+            mine += list(zip([row["prompt_text"] for row in rows], self._answer(prompts), strict=True))[:valid]
+        return {prompt: answer for part in gather_objects(mine) for prompt, answer in part}
+
+    def _answer(self, prompts: PromptBatch) -> list[Answer]:
+        trainer, engine = self.trainer, self.trainer.engine
+        rollout = generate(
+            engine.actor,
+            prompts.to(engine.actor.device),
+            tokenizer=engine.tokenizer,
+            sampling=trainer.sampling,
+            vocab_limit=engine.vocab_limit,
+        )
+        ended = ended_with_eos(rollout, eos_id=self.session.eos_id)
+        logprobs, reference = (
+            in_micro_batches(
+                partial(
+                    response_logprobs,
+                    model,
+                    temperature=trainer.sampling.temperature,
+                    vocab_limit=engine.vocab_limit,
+                ),
+                rollout,
+                micro_batch_size=trainer.stage.micro_batch_size_per_gpu,
+            )
+            for model in (engine.actor, engine.reference)
+        )
+        columns = {
+            "text": response_texts(rollout, engine.tokenizer),
+            "score": ((trainer.scorer.raw(rollout) - engine.score_mean) / engine.score_std).tolist(),
+            "kl": per_sequence_kl(logprobs, reference, rollout.response_mask).tolist(),
+            "tokens": rollout.response_mask.sum(dim=1).tolist(),
+            "ended": ended.tolist(),
+        }
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def _summarise(self, answers: dict[str, Answer]) -> dict[str, float]:
+        columns = {name: torch.tensor([float(answer[name]) for answer in answers.values()]) for name in _NUMBERS}
+        values = {
+            "eval/score": float(columns["score"].mean()),
+            "eval/score_std": float(columns["score"].std(correction=0)),
+            "eval/kl_per_sequence": float(columns["kl"].mean()),
+            "eval/response_length": float(columns["tokens"].mean()),
+            "eval/eos_rate": float(columns["ended"].mean()),
+        }
+        if self.judge is not None:
+            positive = self.judge.positive([answer["text"] for answer in answers.values()])
+            values["eval/judge_positive"] = sum(positive) / len(positive)
+        return values
+
+
+_NUMBERS = ("score", "kl", "tokens", "ended")
+
+
+@contextmanager
+def _forked_random_state(seed: int) -> Iterator[None]:
+    """Within this context sampling starts from the same seed each time; afterwards it goes on as before."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,95 @@
+"""What is done once before ranks start, and found again by each of them: tokenizer and data. Imports no torch."""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from rlhf.config.errors import DataError
+from rlhf.config.schema import Config, ModelConfig, StageConfig, WeightSource
+from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
+from rlhf.models.tokenizer import prepare_tokenizer
+from rlhf.stages.pipeline.config import PipelineConfig
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.rm.config import RMConfig
+from rlhf.stages.sft.config import SFTConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Preflight:
+    """The prepared files of a stage. `reward_tokenizer_dir` is the tokenizer of the model that gives the scores."""
+
+    cache_dir: Path
+    tokenizer_dir: Path
+    reward_tokenizer_dir: Path
+    data: PreparedData
+
+
+def cache_directory(config: Config) -> Path:
+    """`cache_dir`, else $RLHF_CACHE, else ~/.cache/rlhf; absolute."""
+    chosen = config.cache_dir or os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
+    return Path(chosen).expanduser().resolve()
+
+
+def _from_directory(directory: str) -> ModelConfig:
+    return ModelConfig(name=Path(directory).name, source=WeightSource.pretrained, path=directory)
+
+
+def _models(config: Config) -> tuple[ModelConfig, ModelConfig]:
+    """The model that a stage trains, and the one that the scores come from."""
+    stage = config.stage
+    reward_model = config.reward_model if config.reward_model.name else config.model
+    if isinstance(stage, RMConfig):
+        model = _from_directory(stage.sft_model) if stage.sft_model else reward_model
+        return model, model
+    if isinstance(stage, PPOConfig):
+        actor = _from_directory(stage.actor_model) if stage.actor_model else config.model
+        return actor, _from_directory(stage.reward_model) if stage.reward_model else reward_model
+    return config.model, reward_model
+
+
+def _needs(stage: StageConfig) -> dict[str, int]:
+    """The parts that a stage reads, and the rows of one global batch of each."""
+    if isinstance(stage, PipelineConfig):
+        return _needs(stage.sft) | _needs(stage.rm) | _needs(stage.ppo)
+    if isinstance(stage, SFTConfig):
+        return {"sft": stage.batch_size}
+    if isinstance(stage, RMConfig):
+        return {"rm": stage.batch_size}
+    return {"ppo": stage.rollout_batch_size} if isinstance(stage, PPOConfig) else {}
+
+
+def _check_sizes(data: PreparedData, stage: StageConfig) -> None:
+    for name, batch_size in _needs(stage).items():
+        data.part(name, held_out=True)
+        rows = len(data.part(name, held_out=False))
+        if rows < batch_size:
+            raise DataError(
+                f"the training part of stage {name} has {rows} rows, fewer than one batch of {batch_size}: "
+                f"lower the batch size, raise data.split.{name} or add data"
+            )
+
+
+def preflight(config: Config) -> Preflight:
+    """Prepare tokenizers and data, or find them prepared; raises ConfigError or DataError for what the user can mend.
+
+    Ranks call this again with the same configuration and get the same paths at once. For a pipeline the data are those
+    of its first stage's tokenizer; where the reward model has a tokenizer of its own, its data are prepared as well.
+    """
+    cache_dir = cache_directory(config)
+    prepare = partial(
+        prepare_tokenizer,
+        texts=lambda: training_texts(config.data),
+        fingerprint=content_fingerprint(config.data),
+        cache_dir=cache_dir,
+    )
+    model, reward_model = _models(config)
+    tokenizer_dir = prepare(model)
+    reward_tokenizer_dir = tokenizer_dir if reward_model == model else prepare(reward_model)
+    data = prepare_data(config.data, tokenizer_dir=tokenizer_dir, cache_dir=cache_dir)
+    if isinstance(config.stage, PipelineConfig) and reward_tokenizer_dir != tokenizer_dir:
+        prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir)
+    _check_sizes(data, config.stage)
+    return Preflight(
+        cache_dir=cache_dir, tokenizer_dir=tokenizer_dir, reward_tokenizer_dir=reward_tokenizer_dir, data=data
+    )

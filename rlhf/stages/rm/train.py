@@ -1,0 +1,176 @@
+"""Reward-model training: the loop."""
+
+import math
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from rlhf.batch import PreferenceBatch
+from rlhf.config.schema import Config
+from rlhf.data.collate import collate_pairs
+from rlhf.data.loader import GlobalLoader, eval_batches
+from rlhf.engine.build import build_engine, partitioned_loading
+from rlhf.engine.distributed import seed_everything
+from rlhf.engine.export import export_model
+from rlhf.engine.heads import new_head
+from rlhf.engine.update import optimizer_step
+from rlhf.functional.losses import preference_loss
+from rlhf.models.load import ScalarModel, load_scalar_model
+from rlhf.rollout.forward import sequence_scores
+from rlhf.stages.rm.config import RMConfig
+from rlhf.stages.session import Session, count_steps, enable_checkpointing, open_session
+
+
+def run(config: Config, run_dir: Path) -> None:
+    """Train on preference pairs, evaluate on held-out ones, and export the model with its score statistics."""
+    session = open_session(config, run_dir)
+    stage = cast(RMConfig, config.stage)
+    loader = GlobalLoader(
+        session.data.part("rm", held_out=False),
+        batch_size=stage.batch_size,
+        collate=partial(collate_pairs, pad_id=session.pad_id),
+        seed=config.seed,
+        rank=session.rank,
+        ranks=session.ranks,
+        epochs=None,
+    )
+    total_steps = count_steps(
+        batches_per_epoch=loader.batches_per_epoch, epochs=stage.epochs, max_steps=stage.max_steps
+    )
+    session.recorder.total_steps = total_steps
+    (role,) = stage.roles()
+    with partitioned_loading(role, memory=config.memory, ranks=session.ranks):
+        model = load_scalar_model(
+            stage.sft_model or session.base_reward_model(),
+            session.tokenizer,
+            dtype=session.dtype,
+            attention=config.reward_model.attention,
+        )
+    new_head(model, seed=config.seed)
+    enable_checkpointing(model.classifier, enabled=config.memory.gradient_checkpointing)
+    engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
+    seed_everything(config.seed + session.rank)
+
+    before = latest = evaluate(session, engine, step=0)
+    for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
+        with session.recorder.phase("training"):
+            train_step(session, engine, batch, step=step)
+        if step % stage.eval_every == 0 or step == total_steps:
+            latest = evaluate(session, engine, step=step)
+
+    with session.recorder.phase("samples"):
+        record_samples(session, engine, step=total_steps)
+    with session.recorder.phase("export"):
+        export_reward_model(session, engine, model, latest)
+    session.finish(before=before, after=latest)
+
+
+def pair_scores(engine: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
+    """Scores of the chosen and the rejected sides [B], both in one forward pass."""
+    scores = sequence_scores(
+        engine,
+        torch.cat([batch.chosen_ids, batch.rejected_ids]),
+        torch.cat([batch.chosen_mask, batch.rejected_mask]),
+    )
+    chosen, rejected = scores.chunk(2)
+    return chosen, rejected
+
+
+def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: int) -> None:
+    """One optimizer step and its metrics."""
+    engine.train()
+    batch = batch.to(session.device)
+    stage = cast(RMConfig, session.config.stage)
+    accumulator = session.accumulator
+
+    def loss_sum(part: PreferenceBatch) -> Tensor:
+        chosen, rejected = pair_scores(engine, part)
+        loss, stats = preference_loss(chosen, rejected, centering_coef=stage.centering_coef)
+        accumulator.add("train/accuracy", stats.correct, len(part))
+        accumulator.add("train/margin", stats.margin, len(part))
+        return loss
+
+    micro_batches = batch.split(stage.micro_batch_size_per_gpu)
+    result = optimizer_step(engine, micro_batches, loss_sum, num_targets=stage.batch_size)
+    accumulator.add("train/loss", result.loss_sum, len(batch))
+    accumulator.add("train/tokens", (batch.chosen_mask.sum() + batch.rejected_mask.sum()) * session.ranks, 1)
+    values = session.reduced_metrics()
+    values |= {
+        "train/learning_rate": result.learning_rate,
+        "train/grad_norm": result.grad_norm,
+        "train/skipped": float(not result.applied),
+        **session.timing(values.pop("train/tokens")),
+    }
+    session.recorder.metrics(step, values)
+    shown = {"loss": values["train/loss"], "accuracy": values["train/accuracy"]}
+    session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
+
+
+@torch.no_grad()
+def evaluate(session: Session, engine: Any, *, step: int) -> dict[str, float]:
+    """Held-out accuracy and margin, and mean and standard deviation of the scores of the reference responses."""
+    stage = cast(RMConfig, session.config.stage)
+    engine.eval()
+    rows = session.data.part("rm", held_out=True)
+    batches = eval_batches(
+        rows.select(range(min(stage.eval_examples, len(rows)))),
+        batch_size=stage.micro_batch_size_per_gpu * 2,
+        collate=partial(collate_pairs, pad_id=session.pad_id),
+        rank=session.rank,
+        ranks=session.ranks,
+    )
+    with session.recorder.phase("evaluation"):
+        for batch, valid in batches:
+            chosen, rejected = (side[:valid] for side in pair_scores(engine, batch.to(session.device)))
+            both = torch.cat([chosen, rejected])
+            loss, stats = preference_loss(chosen, rejected, centering_coef=stage.centering_coef)
+            session.accumulator.add("eval/loss", loss, valid)
+            session.accumulator.add("eval/accuracy", stats.correct, valid)
+            session.accumulator.add("eval/margin", stats.margin, valid)
+            session.accumulator.add("eval/score_mean", both.sum(), 2 * valid)
+            session.accumulator.add("eval/score_square", both.square().sum(), 2 * valid)
+        values = session.reduced_metrics()
+    variance = values.pop("eval/score_square") - values["eval/score_mean"] ** 2
+    values["eval/score_std"] = math.sqrt(max(variance, 1e-12))
+    session.recorder.metrics(step, values)
+    session.recorder.line(
+        f"step {step}: held-out accuracy {values['eval/accuracy']:.3f}, margin {values['eval/margin']:.3f}"
+    )
+    return values
+
+
+@torch.no_grad()
+def record_samples(session: Session, engine: Any, *, step: int, count: int = 10) -> None:
+    """A few held-out pairs with their scores."""
+    rows = session.data.part("rm", held_out=True)
+    rows = rows.select(range(min(count, len(rows)))).to_list()
+    batch = collate_pairs(rows, pad_id=session.pad_id).to(session.device)
+    chosen, rejected = pair_scores(engine, batch)
+    session.recorder.samples(
+        step,
+        [
+            {
+                "prompt": row["prompt_text"],
+                "responses": {
+                    "chosen": {"text": row["chosen_text"], "score": high},
+                    "rejected": {"text": row["rejected_text"], "score": low},
+                },
+            }
+            for row, high, low in zip(rows, chosen.tolist(), rejected.tolist(), strict=True)
+        ],
+    )
+
+
+def export_reward_model(session: Session, engine: Any, model: ScalarModel, values: dict[str, float]) -> None:
+    """Save the sequence classifier; its config.json keeps the mean and deviation of held-out reference scores."""
+    export_model(
+        engine,
+        model.classifier,
+        session.tokenizer,
+        session.run_dir / "model",
+        prefix=ScalarModel.prefix,
+        extra_config={"score_mean": values["eval/score_mean"], "score_std": values["eval/score_std"]},
+    )

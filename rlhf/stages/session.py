@@ -1,0 +1,140 @@
+"""What every stage has at hand on a rank: device, tokenizer, data and the recorder."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from rlhf.config.schema import Config
+from rlhf.data.prepare import PreparedData
+from rlhf.engine.build import DTYPES
+from rlhf.engine.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    initialize_distributed,
+    rank,
+    seed_everything,
+    world_size,
+)
+from rlhf.models.prepare import prepare_base_model
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.stages.preflight import preflight
+from rlhf.tracking.metrics import MetricAccumulator
+from rlhf.tracking.recorder import Recorder
+from rlhf.tracking.trackers import start_trackers
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Session:
+    """One rank's part of a stage's run."""
+
+    config: Config
+    run_dir: Path
+    device: torch.device
+    rank: int
+    ranks: int
+    dtype: torch.dtype
+    tokenizer: PreTrainedTokenizerBase
+    data: PreparedData
+    cache_dir: Path
+    recorder: Recorder
+    accumulator: MetricAccumulator
+    _clock: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0})
+
+    def timing(self, tokens: float) -> dict[str, float]:
+        """Seconds since the last call, evaluations left out, and the tokens of all ranks per second."""
+        idle = ("evaluation", "samples", "export")
+        busy = sum(seconds for phase, seconds in self.recorder.phases.items() if phase not in idle)
+        seconds = max(busy - self._clock["seconds"], 1e-9)
+        self._clock["seconds"] = busy
+        return {"time/step": seconds, "time/tokens_per_second": tokens / seconds}
+
+    def reduced_metrics(self) -> dict[str, float]:
+        """The accumulated metrics over all ranks; the accumulator starts anew. Every rank must call."""
+        return self.accumulator.flush(self._reduce(all_reduce_sum), self._reduce(all_reduce_max))
+
+    def _reduce(self, collective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda values: collective(values.to(self.device)).cpu()
+
+    def base_model(self) -> str:
+        """What `from_pretrained` takes for the configured policy."""
+        return prepare_base_model(
+            self.config.model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed
+        )
+
+    def base_reward_model(self) -> str:
+        """What `from_pretrained` takes for the configured reward model."""
+        return prepare_base_model(
+            self.config.reward_model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed
+        )
+
+    @property
+    def pad_id(self) -> int:
+        """Id of the padding token."""
+        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+
+    @property
+    def eos_id(self) -> int:
+        """Id of the token that ends a response."""
+        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+
+    def finish(self, *, before: dict[str, float], after: dict[str, float]) -> None:
+        """Write the stage's summary."""
+        self.recorder.summary(
+            before=before,
+            after=after,
+            data={"fingerprint": self.data.fingerprint, "counts": self.data.counts},
+            ranks=self.ranks,
+            device=str(self.device),
+            precision=self.config.memory.precision.name,
+        )
+        self.recorder.close()
+
+
+def open_session(config: Config, run_dir: Path) -> Session:
+    """Join the process group, seed, and load tokenizer and data (which launch.py has prepared)."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    device = initialize_distributed(timeout_minutes=config.launcher.timeout_minutes)
+    seed_everything(config.seed)
+    prepared = preflight(config)
+    is_main = rank() == 0
+    trackers = start_trackers(
+        config.tracking, run_dir=run_dir, stage=config.stage.name, config=asdict(config), is_main=is_main
+    )
+    return Session(
+        config=config,
+        run_dir=run_dir,
+        device=device,
+        rank=rank(),
+        ranks=world_size(),
+        dtype=DTYPES[config.memory.precision],
+        tokenizer=load_tokenizer(prepared.tokenizer_dir),
+        data=prepared.data,
+        cache_dir=prepared.cache_dir,
+        recorder=Recorder(run_dir, stage=config.stage.name, is_main=is_main, trackers=trackers, total_steps=0),
+        accumulator=MetricAccumulator(),
+    )
+
+
+def count_steps(*, batches_per_epoch: int, epochs: float, max_steps: int | None) -> int:
+    """Optimizer steps of a run: at least one, bounded by `max_steps`."""
+    steps = max(1, round(batches_per_epoch * epochs))
+    return steps if max_steps is None else min(steps, max_steps)
+
+
+def global_count(session: Session, masks: Sequence[Tensor]) -> float:
+    """True entries of the masks, over all ranks."""
+    local = torch.stack([mask.sum() for mask in masks]).sum().to(session.device)
+    return float(all_reduce_sum(local.float()))
+
+
+def enable_checkpointing(model: Any, *, enabled: bool) -> None:
+    """Recompute activations in the backward pass, if configured."""
+    if enabled:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -1,0 +1,95 @@
+"""Miniature models on disk, and one start of the real launcher per number of ranks, shared by all tests here."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
+
+WORKER = Path(__file__).with_name("worker.py")
+ROOT = WORKER.parents[2]
+
+
+def make_models(folder: Path) -> None:
+    """A policy and a reward model of a few thousand parameters, with dropout in their configuration."""
+    words = ["<s>", "</s>", "<pad>", "<unk>", "<|user|>", "<|assistant|>", *(f"w{index}" for index in range(42))]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    torch.manual_seed(0)
+    sizes = dict(
+        vocab_size=len(words) + 4,  # Four rows of padding: they must never be sampled.
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=64,
+        word_embed_proj_dim=32,
+        max_position_embeddings=64,
+        dropout=0.1,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=2,
+        init_std=0.2,
+    )
+    OPTForCausalLM(OPTConfig(**sizes)).save_pretrained(folder / "policy")
+    reward = OPTForSequenceClassification(OPTConfig(num_labels=1, **sizes))
+    reward.config.score_mean, reward.config.score_std = 0.25, 1.5
+    reward.save_pretrained(folder / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(folder / name)
+
+
+def launch(folder: Path, *, ranks: int) -> dict[str, Any]:
+    """Run the worker on so many CPU ranks and return the facts that it wrote."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+    }
+    done = subprocess.run(
+        [*runner, "--master_port", str(port), str(WORKER), str(folder)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    facts: dict[str, Any] = json.loads((folder / f"facts-{ranks}.json").read_text())
+    return facts
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the miniature models are, and where the workers write."""
+    path = tmp_path_factory.mktemp("distributed")
+    make_models(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def two_ranks(folder: Path) -> dict[str, Any]:
+    """Facts of two ranks."""
+    return launch(folder, ranks=2)
+
+
+@pytest.fixture(scope="session")
+def one_rank(folder: Path) -> dict[str, Any]:
+    """Facts of one rank."""
+    return launch(folder, ranks=1)

@@ -1,0 +1,53 @@
+"""What real DeepSpeed engines compute, on one and two CPU ranks, under every ZeRO stage."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+STAGES = (0, 1, 2, 3)
+TOLERANCE = {"fp32": 1e-5, "bf16": 2e-2}
+
+
+def test_padding_does_not_change_logits(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["padding_error"] < 1e-5
+
+
+def test_micro_batches_and_accumulation_give_the_same_update(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["moved"] > 1e-2  # three steps of 1e-2
+    assert two_ranks["micro_1_difference"] < 2e-5
+    assert two_ranks["micro_2_difference"] < 2e-5
+
+
+def test_one_rank_gives_the_same_update_as_two(
+    folder: Path, one_rank: dict[str, Any], two_ranks: dict[str, Any]
+) -> None:
+    assert one_rank["micro_1_difference"] < 2e-5
+    alone, first, second = (
+        torch.load(folder / f"weights-{name}.pt", weights_only=True) for name in ("1-0", "2-0", "2-1")
+    )
+    for name, value in alone.items():
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=0)
+        torch.testing.assert_close(value, first[name], rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_every_zero_stage_gives_the_same_update(two_ranks: dict[str, Any], stage: int) -> None:
+    assert two_ranks[f"zero_{stage}_difference"] < 2e-5
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_ratio_is_one_on_the_first_mini_batch(two_ranks: dict[str, Any], stage: int, precision: str) -> None:
+    facts = two_ranks[f"ppo_zero{stage}_{precision}"]
+    assert facts["first_ratio_error"] <= TOLERANCE[precision]
+    assert facts["actor_moved"] > 10 * facts["first_ratio_error"]  # or the ratio would always be one
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_exported_models_equal_the_trained_ones(two_ranks: dict[str, Any], stage: int, precision: str) -> None:
+    facts = two_ranks[f"ppo_zero{stage}_{precision}"]
+    assert facts["actor_export_error"] <= TOLERANCE[precision]
+    assert facts["reward_export_error"] <= 2 * TOLERANCE[precision]

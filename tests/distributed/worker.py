@@ -1,0 +1,199 @@
+"""Run by the real DeepSpeed launcher, once per rank: trains miniature models in many ways and writes down what came out.
+
+The tests read the numbers; starting processes takes longer than all of this together. Usage: worker.py FOLDER
+"""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
+from rlhf.batch import PromptBatch, SFTBatch
+from rlhf.config.roles import Role
+from rlhf.config.schema import (
+    Config,
+    DataConfig,
+    MemoryConfig,
+    OptimizerConfig,
+    Precision,
+    RolloutConfig,
+    Schedule,
+    ScorerConfig,
+)
+from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
+from rlhf.engine.distributed import (
+    all_reduce_max,
+    all_reduce_sum,
+    initialize_distributed,
+    rank,
+    seed_everything,
+    shut_down,
+    world_size,
+)
+from rlhf.engine.export import export_model
+from rlhf.engine.update import optimizer_step
+from rlhf.functional.masking import position_ids
+from rlhf.models.load import ScalarModel, load_causal_lm
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.rollout.forward import response_logprobs, sequence_scores
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.sft.train import batch_loss
+
+STEADY = OptimizerConfig(learning_rate=1e-2, schedule=Schedule.constant, warmup_ratio=0.0, max_grad_norm=1.0)
+
+
+def fixed_batch(vocab_size: int, pad_id: int) -> SFTBatch:
+    """Eight sequences of uneven lengths, the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.randint(6, vocab_size, (8, 20), generator=generator)
+    lengths = torch.tensor([20, 9, 14, 5, 17, 11, 7, 19])
+    attention_mask = torch.arange(20) < lengths.unsqueeze(1)
+    loss_mask = attention_mask & (torch.arange(20) >= 3)
+    return SFTBatch(
+        sequence_ids=torch.where(attention_mask, ids, pad_id), attention_mask=attention_mask, loss_mask=loss_mask
+    )
+
+
+def updated_weights(folder: Path, *, micro: int, memory: MemoryConfig, steps: int = 3) -> tuple[dict[str, Any], float]:
+    """The weights after a few optimizer steps on the same eight sequences, cut into micro-batches of `micro`."""
+    tokenizer = load_tokenizer(folder / "policy")
+    role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=micro)
+    with partitioned_loading(role, memory=memory, ranks=world_size()):
+        model = load_causal_lm(folder / "policy", tokenizer, dtype=DTYPES[memory.precision], attention="eager")
+    engine = build_engine(model, role, memory=memory, ranks=world_size(), total_steps=steps)
+    batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
+    share = len(batch) // world_size()
+    mine = batch.rows(slice(rank() * share, (rank() + 1) * share))
+    for _ in range(steps):
+        result = optimizer_step(
+            engine,
+            mine.split(micro),
+            lambda part: batch_loss(engine, part, vocab_limit=len(tokenizer)),
+            num_targets=float(batch.loss_mask[:, 1:].sum()),
+        )
+    export_model(engine, model, tokenizer, folder / "updated")
+    written = AutoModelForCausalLM.from_pretrained(folder / "updated", dtype=torch.float32)
+    return {name: value.detach().clone() for name, value in written.state_dict().items()}, result.grad_norm
+
+
+def ppo_config(*, memory: MemoryConfig) -> Config:
+    """Options for a rollout of eight prompts and two mini-batches."""
+    return Config(
+        stage=PPOConfig(
+            rollout_batch_size=8, mini_batch_size=4, micro_batch_size_per_gpu=2, optimizer=STEADY, critic_optimizer=STEADY
+        ),
+        data=DataConfig(max_response_length=10),
+        rollout=RolloutConfig(),
+        scorer=ScorerConfig(normalize=True),
+        memory=memory,
+    )
+
+
+def prompts_for(tokenizer: Any) -> PromptBatch:
+    """This rank's prompts: ragged, left-padded."""
+    generator = torch.Generator().manual_seed(3 + rank())
+    rows = 8 // world_size()
+    ids = torch.randint(6, len(tokenizer), (rows, 6), generator=generator)
+    mask = torch.arange(6) >= torch.tensor([0, 2, 4, 1]).repeat(2)[:rows].unsqueeze(1)
+    return PromptBatch(prompt_ids=torch.where(mask, ids, tokenizer.pad_token_id), prompt_mask=mask)
+
+
+def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
+    """One PPO iteration under a ZeRO stage: the first ratio, what moved, and how exports compare to engines."""
+    tokenizer = load_tokenizer(folder / "policy")
+    config = ppo_config(memory=memory)
+    engine = DeepSpeedRLHFEngine(
+        actor_model_name_or_path=str(folder / "policy"),
+        critic_model_name_or_path=str(folder / "reward"),
+        tokenizer=tokenizer,
+        num_total_iters=4,
+        args=config,
+    )
+    trainer = DeepSpeedPPOTrainer(engine=engine, args=config)
+    seed_everything(11 + rank())
+    experience = trainer.generate_experience(prompts_for(tokenizer))
+    trainer.train_rlhf(experience)
+    metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
+    scored = sequence_scores(engine.reward, experience.sequence_ids, experience.rollout.attention_mask)
+    facts = {
+        "first_ratio_error": metrics["actor/first_ratio_error"],
+        "grad_norm": metrics["actor/grad_norm"],
+        "last_advantage_mean": float(experience.advantages[experience.response_mask].mean()),
+        "training_after_rollout": float(engine.actor.module.training),
+    }
+    export_model(engine.actor, engine.actor_model, tokenizer, folder / "actor_out")
+    export_model(engine.reward, engine.reward_model.classifier, tokenizer, folder / "reward_out", prefix=ScalarModel.prefix)
+    with torch.no_grad():
+        ours = response_logprobs(engine.actor, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
+        facts["actor_moved"] = float((ours - experience.old_logprobs).abs().max())
+        dtype = DTYPES[memory.precision]
+        plain = AutoModelForCausalLM.from_pretrained(folder / "actor_out", dtype=dtype).eval()
+        exported = response_logprobs(plain, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
+        facts["actor_export_error"] = float((ours - exported).abs().max())
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder / "reward_out", dtype=dtype).eval()
+        errors = []
+        for ids, mask, score in zip(
+            experience.sequence_ids, experience.rollout.attention_mask, scored, strict=True
+        ):  # One by one and without padding, as a user of transformers would call it.
+            errors.append(float((classifier(ids[mask].unsqueeze(0)).logits[0, 0].float() - score).abs()))
+        facts["reward_export_error"] = max(errors)
+    return facts
+
+
+def padding_error(folder: Path) -> float:
+    """Largest difference of logits between sequences padded on the left and the same ones alone."""
+    tokenizer = load_tokenizer(folder / "policy")
+    model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="sdpa").eval()
+    prompts = prompts_for(tokenizer)
+    with torch.no_grad():
+        padded = model(
+            input_ids=prompts.prompt_ids,
+            attention_mask=prompts.prompt_mask,
+            position_ids=position_ids(prompts.prompt_mask),
+        ).logits
+        errors = [
+            float((model(input_ids=ids[mask].unsqueeze(0)).logits[0] - logits[mask]).abs().max())
+            for ids, mask, logits in zip(prompts.prompt_ids, prompts.prompt_mask, padded, strict=True)
+        ]
+    return max(errors)
+
+
+def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
+    """Largest absolute difference between two sets of weights."""
+    return max(float((value - second[name]).abs().max()) for name, value in first.items())
+
+
+def main() -> None:
+    """Collect all facts and write them to FOLDER/facts-<ranks>.json (rank 0)."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    initialize_distributed(timeout_minutes=3)
+    plain = MemoryConfig(zero_stage=0, precision=Precision.fp32)
+    facts: dict[str, Any] = {"padding_error": padding_error(folder)}
+    largest_micro = 8 // world_size()
+    reference, grad_norm = updated_weights(folder, micro=largest_micro, memory=plain)
+    torch.save(reference, folder / f"weights-{world_size()}-{rank()}.pt")
+    start = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).state_dict()
+    facts["moved"] = largest_difference(reference, start)
+    for micro in (1, 2):
+        weights, _ = updated_weights(folder, micro=micro, memory=plain)
+        facts[f"micro_{micro}_difference"] = largest_difference(reference, weights)
+    for stage in (1, 2, 3):
+        weights, _ = updated_weights(folder, micro=2, memory=replace(plain, zero_stage=stage))
+        facts[f"zero_{stage}_difference"] = largest_difference(reference, weights)
+    for precision in (Precision.fp32, Precision.bf16):
+        for stage in (0, 1, 2, 3):
+            memory = MemoryConfig(zero_stage=stage, precision=precision)
+            facts[f"ppo_zero{stage}_{precision.name}"] = ppo_facts(folder, memory)
+    if rank() == 0:
+        (folder / f"facts-{world_size()}.json").write_text(json.dumps(facts, indent=1))
+    shut_down()
+
+
+if __name__ == "__main__":
+    main()
