@@ -1,6 +1,6 @@
 """Perplexity of a bigram model on the held-out answers of SFT: what a language model has to beat.
 
-    python benchmarks/bigram.py [OVERRIDE ...]        the overrides are those of launch.py
+python benchmarks/bigram.py [OVERRIDE ...]        the overrides are those of launch.py
 """
 
 import argparse
@@ -26,6 +26,7 @@ class KneserNeyBigram:
     """
 
     def __init__(self, sequences: Iterable[Sequence[int]], *, vocab_size: int) -> None:
+        """Count the bigrams of the sequences; ids are below `vocab_size`."""
         keys = [_bigram_keys(np.asarray(sequence, dtype=np.int64), vocab_size) for sequence in sequences]
         self.vocab_size = vocab_size
         self.keys, self.counts = np.unique(np.concatenate(keys), return_counts=True)
@@ -36,9 +37,7 @@ class KneserNeyBigram:
         self.successors = np.bincount(first, minlength=vocab_size)
         predecessors = np.bincount(second, minlength=vocab_size)
         kinds, total = int((predecessors > 0).sum()), int(predecessors.sum())
-        self.continuation = (
-            np.maximum(predecessors - self.discount, 0.0) + self.discount * kinds / vocab_size
-        ) / total
+        self.continuation = (np.maximum(predecessors - self.discount, 0.0) + self.discount * kinds / vocab_size) / total
 
     def probabilities(self, previous: Ids, current: Ids) -> NDArray[np.float64]:
         """p(current | previous), elementwise."""
@@ -67,17 +66,18 @@ def _bigram_keys(sequence: Ids, vocab_size: int) -> Ids:
 def main() -> None:
     """Fit on the SFT training part of the configured data, print the held-out perplexity as JSON."""
     from hydra import compose, initialize_config_dir
-    from omegaconf import OmegaConf
 
     from rlhf.models.tokenizer import load_tokenizer
+    from rlhf.stages import from_composed, register_schemas
     from rlhf.stages.preflight import preflight
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="configuration overrides as for launch.py")
     overrides = parser.parse_args().overrides
+    register_schemas()
     with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
-        config = OmegaConf.to_object(compose("config", overrides=overrides))
-    prepared = preflight(config)  # type: ignore[arg-type]
+        config = from_composed(compose("config", overrides=overrides))
+    prepared = preflight(config)
     train, held_out = (prepared.data.part("sft", held_out=is_held_out) for is_held_out in (False, True))
     sequences = ([*row["prompt_ids"], *row["chosen_ids"]] for row in train)
     model = KneserNeyBigram(sequences, vocab_size=len(load_tokenizer(prepared.tokenizer_dir)))

@@ -42,7 +42,7 @@ def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
     schema = OmegaConf.get_type(node)
     valid = [entry.name for entry in fields(schema)] if schema is not None and is_dataclass(schema) else None
     for key in node:
-        full_key = f"{prefix}.{key}" if prefix else str(key)
+        full_key = f"{prefix}.{key!s}" if prefix else str(key)
         if valid is not None and key not in valid:
             yield _unknown_key(full_key, valid)
         else:

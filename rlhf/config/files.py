@@ -27,7 +27,7 @@ def to_plain(value: Any) -> Any:
 
 def to_yaml(config: Config) -> str:
     """Render a configuration as YAML that `typed_config` understands."""
-    return yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120)
+    return str(yaml.safe_dump(to_plain(config), sort_keys=False, allow_unicode=True, width=120))
 
 
 def write_config(config: Config, path: Path) -> None:

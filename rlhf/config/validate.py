@@ -136,7 +136,7 @@ def _model(model: ModelConfig, key: str) -> Iterator[str]:
             package = model.package.replace("_", "-")
             yield str(MissingExtraError(package, model.extra or model.name, f"{key}={model.name}"))
     elif not model.path:
-        yield f"{key}.path is not set: give a model directory, or ORG/NAME on the Hugging Face hub, as in  {key}.path=DIR"
+        yield f"{key}.path is not set: give a directory, or ORG/NAME on the Hugging Face hub, as in  {key}.path=DIR"
     elif Path(model.path).is_absolute():
         yield from _model_directory(model.path, f"{key}.path")
 
@@ -178,7 +178,7 @@ def _data(data: DataConfig) -> Iterator[str]:
 
 def _source(source: SourceConfig, key: str) -> Iterator[str]:
     if source.weight is not None and source.weight <= 0:
-        yield f"{key}.weight={source.weight}: must be above 0, or null to use every row; leave the source out to drop it"
+        yield f"{key}.weight={source.weight}: must be above 0, or null to use every row"
     if source.opening_words < 1:
         yield f"{key}.opening_words={source.opening_words}: must be at least 1"
     if source.kind != "file":

@@ -8,7 +8,9 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.schema import DataConfig
 from rlhf.data.sources import source_module
 
-HELD_OUT_SHARE = 0.2
+MIN_TEXTS = 2
+INVERSE_PENALTY = 1.0
+TOKEN = r"(?u)\b\w[\w']*\b|[!?]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,21 +31,21 @@ class Judge:
 def fit_judge(data: DataConfig) -> Judge:
     """Fit TF-IDF of words and word pairs with logistic regression on the judge's texts of `data.judge`.
 
-    The last fifth of the texts, which come in an order set by a hash, is kept to measure the accuracy and is not
-    fitted on. Deterministic. Raises ConfigError if `data.judge` names no source that supplies such texts.
+    The accuracy is measured on the source's held-out texts, which are not fitted on. Deterministic. Raises ConfigError
+    if `data.judge` names no source that supplies such texts.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
 
     if data.judge is None:
-        raise ConfigError("data.judge is not set: name a source that has texts for a judge, as in  data.judge=film_reviews")
+        raise ConfigError("data.judge is not set: name a source with texts for a judge: data.judge=film_reviews")
     module = source_module(data.judge, key="data.judge")
     if not hasattr(module, "judge_texts"):
         raise ConfigError(f"data.judge={data.judge}: this kind of source has no texts for a judge; set data.judge=null")
-    texts, labels = module.judge_texts()
-    cut = round(len(texts) * (1 - HELD_OUT_SHARE))
-    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=2, token_pattern=r"(?u)\b\w[\w']*\b|[!?]")
-    model = make_pipeline(words, LogisticRegression(C=10.0, max_iter=1000))
-    model.fit(texts[:cut], labels[:cut])
-    return Judge(model=model, accuracy=float(model.score(texts[cut:], labels[cut:])), fitted_on=cut)
+    texts, labels = module.judge_texts(held_out=False)
+    words = TfidfVectorizer(ngram_range=(1, 2), sublinear_tf=True, min_df=MIN_TEXTS, token_pattern=TOKEN)
+    model = make_pipeline(words, LogisticRegression(C=INVERSE_PENALTY, max_iter=1000))
+    model.fit(texts, labels)
+    accuracy = float(model.score(*module.judge_texts(held_out=True)))
+    return Judge(model=model, accuracy=accuracy, fitted_on=len(texts))

@@ -50,12 +50,15 @@ class GlobalLoader(Generic[Batch]):
         epochs: float | None,
         shuffle: bool = True,
     ) -> None:
+        """Raise DataError if there is not one whole batch, ValueError if a batch cannot be divided among the ranks."""
         if batch_size % ranks:
             raise ValueError(f"a global batch of {batch_size} rows cannot be divided among {ranks} ranks")
         self.batches_per_epoch = len(dataset) // batch_size
         if not self.batches_per_epoch:
-            raise DataError(f"the training part has {len(dataset)} rows, fewer than one batch of {batch_size}: "
-                            "lower the batch size or add data")
+            raise DataError(
+                f"the training part has {len(dataset)} rows, fewer than one batch of {batch_size}: "
+                "lower the batch size or add data"
+            )
         self.dataset = dataset
         self.batch_size = batch_size
         self.collate = collate
@@ -108,7 +111,8 @@ class GlobalLoader(Generic[Batch]):
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Go on where another loader of the same data, seed and batch size stood; raises ValueError for other data."""
         own = self.state_dict()
-        changed = [f"{key}: {state[key]} then, {own[key]} now" for key in own if key != "step" and state[key] != own[key]]
+        different = [key for key in own if key != "step" and state[key] != own[key]]
+        changed = [f"{key}: {state[key]} then, {own[key]} now" for key in different]
         if changed:
             raise ValueError(f"the loader's state belongs to other data ({'; '.join(changed)})")
         self.step = state["step"]

@@ -17,7 +17,7 @@ def mix_sizes(available: Mapping[str, int], weights: Mapping[str, float | None])
         return dict(available)
     if len(given) < len(weights):
         unset = ", ".join(name for name, weight in weights.items() if weight is None)
-        raise ConfigError(f"data.sources: {unset} has no weight while others have: set `weight` for all sources or for none")
+        raise ConfigError(f"data.sources: {unset} has no weight while others have: set `weight` for all or for none")
     used = {name: float(weights[name] or 0.0) for name in available if weights[name] and available[name]}
     if not used:
         return dict.fromkeys(available, 0)
@@ -28,8 +28,10 @@ def mix_sizes(available: Mapping[str, int], weights: Mapping[str, float | None])
 
 
 def mix_reports(part: str, available: Mapping[str, int], taken: Mapping[str, int]) -> list[str]:
-    """Sentences for the user on the sources of a part that are absent from it or give up a tenth of their rows or more."""
-    found = []
+    """Sentences for the user on the sources that are absent from a part or give up a tenth of their rows or more."""
+    found: list[str] = []
+    if not any(available.values()):
+        return found
     for name, rows in available.items():
         if rows == 0:
             found.append(f"{part}: the source {name} has no usable row here; the others share its weight")

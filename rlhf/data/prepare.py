@@ -73,14 +73,14 @@ def _hash(*parts: object) -> str:
 
 
 def content_fingerprint(data: DataConfig) -> str:
-    """Identify the rows before tokenisation: the sources' bytes, the options that choose rows, and this package's code."""
+    """Identify the rows before tokenisation: the sources' bytes, the options that choose rows, and the code."""
     if not data.sources:
         raise ConfigError("data.sources is empty: give at least one source")
     here = Path(rlhf.data.sources.__file__).parent
     code = [file.read_text(encoding="utf-8") for file in (*sorted(here.glob("*.py")), here.parent / "split.py")]
     sources = {}
     for name, source in data.sources.items():
-        digest = source_module(source.kind, key=f"data.sources.{name}.kind").content_digest(source)
+        digest = source_module(source.kind, key=f"data.sources.{name}.kind").content_digest(source, name=name)
         sources[name] = [digest, _plain(asdict(replace(source, weight=None, path=None)))]
     return _hash(code, sources, asdict(data.split), data.on_bad_row.name)
 
@@ -150,7 +150,8 @@ class _Builder:
             longest = max(len(prompts[c.messages]) for c in long)
             listed = "\n  ".join(f"{c.source}, {c.where}: {len(prompts[c.messages])} tokens" for c in long[:5])
             raise DataError(
-                f"{len(long)} prompts are longer than data.max_prompt_length={limit} (chat template included):\n  {listed}\n"
+                f"{len(long)} rows have a prompt longer than data.max_prompt_length={limit} tokens "
+                f"(chat template included):\n  {listed}\n"
                 f"Set data.max_prompt_length={longest} or more, or data.on_long_prompt=skip to leave them out"
             )
 
@@ -173,17 +174,17 @@ class _Builder:
         if row["chosen_ids"] is None:
             self.dropped["sft: no answer"] += 1
             return
-        self._append(part, {**row, **_no_rejected()}, row)
+        self._append(part, {**row, **_no_rejected()})
         if self.data.sft_on_rejected and row["rejected_ids"] is not None:
             chosen = {f"chosen_{key}": row[f"rejected_{key}"] for key in ("ids", "text", "truncated")}
-            self._append(part, {**row, **chosen, **_no_rejected()}, row)
+            self._append(part, {**row, **chosen, **_no_rejected()})
 
     def _add_rm(self, part: Part, conversation: Conversation, row: Row, seen: set[Any]) -> None:
-        reason = None
         if row["rejected_ids"] is None:
             # Not listed as a problem: the source never claimed to have a pair here.
             self.dropped["rm: no rejected answer"] += 1
             return
+        reason = None
         if row["chosen_text"] == row["rejected_text"]:
             reason = "rm: both answers equal"
         elif row["chosen_truncated"] or row["rejected_truncated"]:
@@ -193,16 +194,16 @@ class _Builder:
             self.dropped[reason] += 1
             self.note(reason, conversation, part)
         else:
-            self._append(part, row, row)
+            self._append(part, row)
 
     def _add_ppo(self, part: Part, conversation: Conversation, row: Row, seen: set[Any]) -> None:
         if conversation.messages in seen:
             self.dropped["ppo: prompt seen before"] += 1
             return
         seen.add(conversation.messages)
-        self._append(part, row, row)
+        self._append(part, row)
 
-    def _append(self, part: Part, row: Row, origin: Row) -> None:
+    def _append(self, part: Part, row: Row) -> None:
         self.rows[part.label].append(row)
 
     def mix(self) -> tuple[dict[str, list[Row]], list[str]]:

@@ -36,7 +36,7 @@ def uniform(text: str) -> float:
 
 
 def assign(messages: tuple[Message, ...], split: SplitConfig) -> Part:
-    """The part of a prompt: stages in proportion to split.sft, .rm and .ppo, a share split.held_out of each held out."""
+    """The part of a prompt: stages in proportion to split.sft, .rm and .ppo, and split.held_out of each held out."""
     prompt = json.dumps([(message.role, message.content) for message in messages])
     shares = [split.sft, split.rm, split.ppo]
     point = uniform(f"stage {split.seed} {prompt}") * sum(shares)

@@ -15,10 +15,10 @@ CPU_RANKS = 2
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Cores that this process may use, GPUs that torch can use, and whether CPU and GPUs compute in bf16."""
+    """Cores that this process may use, indices of the GPUs that torch can use, and whether they compute in bf16."""
 
     cores: int
-    gpus: int
+    gpus: tuple[int, ...]
     cpu_bf16: bool
     gpu_bf16: bool
 
@@ -34,26 +34,29 @@ def usable_cores() -> int:
 
 
 def cpu_computes_bf16(cpuinfo: str) -> bool:
-    """Whether /proc/cpuinfo names instructions for bf16: avx512_bf16 or amx_bf16 on x86, bf16 on Arm."""
+    """Whether /proc/cpuinfo names instructions for bf16: avx512_bf16, amx_bf16; bf16 on Arm."""
     return re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo, flags=re.MULTILINE) is not None
 
 
-def compute_capabilities() -> list[float]:
-    """The compute capability of each GPU that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves; [] without a driver."""
-    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+def visible_gpus() -> dict[int, float]:
+    """Index → compute capability of the GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, in its order."""
+    command = ["nvidia-smi", "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"]
     try:
-        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-        capabilities = [float(entry) for entry in listed]
+        listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
+        rows = [[cell.strip() for cell in line.split(",")] for line in listed if line.strip()]
+        gpus = {int(index): float(capability) for index, _, capability in rows}
     except (OSError, subprocess.SubprocessError, ValueError):
-        return []
+        return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return capabilities
-    chosen = [entry.strip() for entry in visible.split(",") if entry.strip()]
-    if all(entry.isdigit() for entry in chosen):
-        return [capabilities[int(entry)] for entry in chosen if int(entry) < len(capabilities)]
-    # Devices named by UUID, or "-1" and the like for none.
-    return capabilities[: sum(entry.startswith(("GPU-", "MIG-")) for entry in chosen)]
+        return gpus
+    named = {index: int(index) for index, _, _ in rows} | {uuid: int(index) for index, uuid, _ in rows}
+    chosen: dict[int, float] = {}
+    for entry in (part.strip() for part in visible.split(",")):
+        if entry not in named:
+            break  # CUDA itself ignores everything from the first invalid entry on.
+        chosen[named[entry]] = gpus[named[entry]]
+    return chosen
 
 
 def torch_has_cuda() -> bool:
@@ -67,16 +70,16 @@ def torch_has_cuda() -> bool:
 
 def detect() -> Machine:
     """Look at this machine."""
-    capabilities = compute_capabilities() if torch_has_cuda() else []
+    gpus = visible_gpus() if torch_has_cuda() else {}
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         cpuinfo = ""
     return Machine(
         cores=usable_cores(),
-        gpus=len(capabilities),
+        gpus=tuple(gpus),
         cpu_bf16=cpu_computes_bf16(cpuinfo),
-        gpu_bf16=bool(capabilities) and min(capabilities) >= 8.0,
+        gpu_bf16=bool(gpus) and min(gpus.values()) >= 8.0,
     )
 
 
@@ -93,7 +96,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     on_gpu = accelerator is Accelerator.cuda
     ranks = hardware.gpus_per_node
     if ranks is None:
-        ranks = machine.gpus if on_gpu else CPU_RANKS
+        ranks = len(machine.gpus) if on_gpu else CPU_RANKS
     threads = hardware.threads_per_rank or max(1, machine.cores // max(1, ranks))
     model = _absolute_model(config.model)
     reward_model = model if config.reward_model == ModelConfig() else _absolute_model(config.reward_model)

@@ -71,7 +71,7 @@ def _train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     least = len(special) + len(alphabet)
     if vocab_size < least:
-        raise ConfigError(f"model.scratch.vocab_size={vocab_size}: must be at least {least}, the bytes and special tokens")
+        raise ConfigError(f"model.scratch.vocab_size={vocab_size}: must be at least {least} (bytes and special tokens)")
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -79,7 +79,8 @@ def _train_bpe(texts: Iterator[str], *, vocab_size: int) -> Any:
         vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False, min_frequency=2
     )
     backend.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
+    build: Callable[..., Any] = PreTrainedTokenizerFast
+    return build(
         tokenizer_object=backend,
         bos_token=BOS,
         eos_token=EOS,
@@ -174,7 +175,10 @@ def prepare_tokenizer(
     if model.source is WeightSource.scratch:
         identity = (fingerprint, model.scratch.vocab_size, SCRATCH_TEMPLATE, model.chat_template)
     elif model.source is WeightSource.gguf_package:
-        identity = (model.gguf_file, (package_directory(model) / (model.gguf_file or "")).stat().st_size, model.chat_template)
+        file = package_directory(model) / (model.gguf_file or "")
+        if not file.is_file():
+            raise ConfigError(f"model.gguf_file={model.gguf_file}: the package {model.package} has no such file")
+        identity = (model.gguf_file, file.stat().st_size, model.chat_template)
     else:
         if not model.path:
             raise ConfigError("model.path is not set: give it a local directory or ORG/NAME on the Hugging Face hub")
@@ -204,11 +208,12 @@ def _build(model: ModelConfig, *, texts: Callable[[], Iterator[str]], target: Pa
 
 
 def tokenizer_digest(directory: Path) -> str:
-    """Hash of what decides the token ids: vocabulary and rules, special tokens, template; not of how they are stored."""
+    """Hash of what decides the token ids: vocabulary and rules, special tokens, template; not of their files."""
     tokenizer = load_tokenizer(directory)
-    rules = tokenizer.backend_tokenizer.to_str() if tokenizer.is_fast else sorted(tokenizer.get_vocab().items())
+    rules: object = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
-        rules = {key: value for key, value in json.loads(rules).items() if key not in ("padding", "truncation")}
+        stored = json.loads(tokenizer.backend_tokenizer.to_str())
+        rules = {key: value for key, value in stored.items() if key not in ("padding", "truncation")}
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
     return _digest([json.dumps(rules, sort_keys=True), special, tokenizer.chat_template])
 

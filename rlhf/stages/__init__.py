@@ -36,7 +36,7 @@ def stage_config_class(name: str) -> type[StageConfig]:
 
 
 def register_schemas() -> None:
-    """Give Hydra the dataclasses: schema/config, schema/<group> for every group, schema/stage/<name> for every stage."""
+    """Give Hydra the dataclasses: schema/config, schema/GROUP for every group, schema/stage/NAME for every stage."""
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
     defaults = Config()
@@ -65,4 +65,6 @@ def from_composed(composed: Any) -> Config:
 def read_config(path: Path) -> Config:
     """Read a run directory's config.yaml into typed objects; unknown keys and wrong types raise ConfigError."""
     content = read_yaml(path)
-    return _typed(content, content["stage"] if "stage" in content else None)
+    if "stage" not in content:
+        raise ConfigError(f"the configuration {path} has no key 'stage'")
+    return _typed(content, content["stage"])

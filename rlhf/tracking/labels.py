@@ -22,27 +22,25 @@ class Label:
     percent: bool = False
 
 
-_GROUPS = {"eval": "held-out", "rollout": "rollout", "train": "training", "time": "time"}
+_GROUPS = {"eval": "held-out", "rollout": "rollout", "train": "training", "actor": "actor", "critic": "critic"}
 _LABELS = {
     "loss": Label(text="loss", unit="nats", better=Better.down),
     "perplexity": Label(text="perplexity", better=Better.down),
-    "bigram_perplexity": Label(text="perplexity of a bigram model"),
     "accuracy": Label(text="accuracy", better=Better.up, percent=True),
-    "margin": Label(text="margin chosen − rejected", better=Better.up),
+    "margin": Label(text="margin, chosen − rejected", better=Better.up),  # noqa: RUF001
     "score": Label(text="mean score", better=Better.up),
-    "score_std": Label(text="spread of the scores"),
+    "score_mean": Label(text="mean of the scores"),
+    "score_std": Label(text="spread of the scores", unit="standard deviation"),
     "reward": Label(text="reward after KL", better=Better.up),
-    "kl": Label(text="KL to the reference", unit="nats per response"),
+    "kl_per_sequence": Label(text="KL to the reference", unit="nats per response"),
+    "kl_per_token": Label(text="KL to the reference", unit="nats per token"),
     "response_length": Label(text="response length", unit="tokens"),
     "eos_rate": Label(text="responses ended by EOS", percent=True),
     "judge_positive": Label(text="called positive by the judge", better=Better.up, percent=True),
-    "policy_loss": Label(text="policy loss"),
-    "value_loss": Label(text="value loss", better=Better.down),
-    "clip_fraction": Label(text="clipped tokens", percent=True),
-    "value_clip_fraction": Label(text="clipped values", percent=True),
+    "clip_fraction": Label(text="clipped", percent=True),
+    "padding_share": Label(text="padding", percent=True),
     "entropy": Label(text="entropy", unit="nats per token"),
     "approx_kl": Label(text="KL of one update", unit="nats per token"),
-    "learning_rate": Label(text="learning rate"),
     "grad_norm": Label(text="gradient norm"),
 }
 
@@ -94,13 +92,13 @@ def format_change(name: str, before: float | None, after: float | None) -> str:
         return _signed(f"{100 * (after - before):+.1f} points")
     if before > 0 and after > 0 and not 0.1 < after / before < 10:
         factor = max(after / before, before / after)
-        return f"{'×' if after > before else '÷'} {format_number(factor)}"  # noqa: RUF001
+        return f"{factor:,.0f} times {'higher' if after > before else 'lower'}"
     difference = after - before
     return f"+{format_number(difference)}" if difference > 0 else format_number(difference)
 
 
 def verdict(name: str, before: float | None, after: float | None) -> str:
-    """"better", "worse", or "" where the metric has no direction or did not move."""
+    """ "better", "worse", or "" where the metric has no direction or did not move."""
     better = label(name).better
     if before is None or after is None or before == after or better is Better.neither:
         return ""

@@ -49,7 +49,12 @@ _PANELS: dict[str, list[Panel]] = {
     ],
     "ppo": [
         Panel(title="Score", training="rollout/score", held_out="eval/score", unit="mean per response"),
-        Panel(title="KL to the reference", training="rollout/kl", held_out="eval/kl", unit="nats per response"),
+        Panel(
+            title="KL to the reference",
+            training="rollout/kl_per_sequence",
+            held_out="eval/kl_per_sequence",
+            unit="nats per response",
+        ),
         Panel(
             title="Response length",
             training="rollout/response_length",
@@ -57,10 +62,10 @@ _PANELS: dict[str, list[Panel]] = {
             unit="tokens, mean",
         ),
         Panel(title="Ended by EOS", training="rollout/eos_rate", held_out="eval/eos_rate", unit="% of responses"),
-        Panel(title="Policy loss", training="train/policy_loss", unit="per token"),
-        Panel(title="Value loss", training="train/value_loss", unit="per token"),
-        Panel(title="Clipped by the policy loss", training="train/clip_fraction", unit="% of tokens"),
-        Panel(title="Entropy", training="train/entropy", unit="nats per token"),
+        Panel(title="Policy loss", training="actor/loss", unit="per token"),
+        Panel(title="Value loss", training="critic/loss", unit="per token"),
+        Panel(title="Clipped by the policy loss", training="actor/clip_fraction", unit="% of tokens"),
+        Panel(title="Entropy", training="actor/entropy", unit="nats per token"),
         Panel(title="Positive, says the judge", held_out="eval/judge_positive", unit="% of responses"),
     ],
 }
@@ -202,7 +207,7 @@ def _mark_ends(axes: "Axes", name: str, steps: Sequence[float], values: Sequence
 
 
 def _decorate(axes: "Axes", panel: Panel, stage: str) -> None:
-    from matplotlib.ticker import MaxNLocator, NullFormatter, ScalarFormatter
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     axes.set_title(panel.title, loc="left", fontsize=9.5, fontweight="bold", pad=14)
     axes.text(0, 1.025, panel.unit, transform=axes.transAxes, fontsize=7.8, color=_GREY)
@@ -211,8 +216,9 @@ def _decorate(axes: "Axes", panel: Panel, stage: str) -> None:
     axes.margins(x=0.03, y=0.2)
     if panel.log:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 3), numticks=9))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=5, steps=[1, 2, 2.5, 5, 10]))
     axes.grid(axis="y", color="#e5e7eb", linewidth=0.8)
@@ -228,7 +234,9 @@ def _legend(figure: "Figure", panels: Sequence[Panel]) -> None:
 
     handles = []
     if any(panel.training for panel in panels):
-        handles.append(Line2D([], [], color=_TRAINING, linewidth=1.6, label="training (smoothed; every step behind it)"))
+        handles.append(
+            Line2D([], [], color=_TRAINING, linewidth=1.6, label="training (smoothed; every step behind it)")
+        )
     if any(panel.held_out for panel in panels):
         handles.append(Line2D([], [], color=_HELD_OUT, linewidth=1.2, marker="o", markersize=4.2, label="held-out"))
     figure.legend(

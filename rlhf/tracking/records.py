@@ -5,7 +5,7 @@ import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -16,20 +16,8 @@ CONFIG = "config.yaml"
 STAGES = ("sft", "rm", "ppo")
 
 
-class Answer(TypedDict):
-    """One model's response to a prompt."""
-
-    text: str
-    score: float | None
-    tokens: int
-    ended: bool
-
-
-class Sample(TypedDict):
-    """A prompt and what each model (sft, ppo) or side (chosen, rejected) responds."""
-
-    prompt: str
-    responses: dict[str, Answer]
+Sample = Mapping[str, Any]
+"""{"prompt": str, "responses": {model or side: {"text": str, "score": float (optional), "tokens": int, "ended": bool}}}"""
 
 
 def finite(value: float) -> float | None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
+from rlhf.config.files import to_plain
 from rlhf.config.schema import TrackingConfig
 from rlhf.tracking.records import Sample, say
 
-_SAMPLE_COLUMNS: list[str | int] = ["step", "prompt", "model", "response", "score", "tokens", "ended"]
+_ANSWER_COLUMNS = ("text", "score", "tokens", "ended")
 
 
 class Tracker(Protocol):
@@ -52,7 +53,7 @@ class WandbTracker:
             job_type=stage,
             dir=run_dir,
             mode="offline" if offline else "online",
-            config=dict(config),
+            config=to_plain(dict(config)),
             settings=settings,
         )
         # Their own step counter drops whatever comes late; a plain column doesn't.
@@ -67,15 +68,17 @@ class WandbTracker:
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
         """Log a table with a row per response."""
         table_rows = [
-            [step, row["prompt"], model, answer["text"], answer["score"], answer["tokens"], answer["ended"]]
+            [step, row["prompt"], model, *(answer.get(column) for column in _ANSWER_COLUMNS)]
             for row in rows
             for model, answer in row["responses"].items()
         ]
 
+        columns: list[str | int] = ["step", "prompt", "model", *_ANSWER_COLUMNS]
+
         def log() -> None:
             import wandb
 
-            self._run.log({"step": step, "samples": wandb.Table(columns=_SAMPLE_COLUMNS, data=table_rows)})
+            self._run.log({"step": step, "samples": wandb.Table(columns=columns, data=table_rows)})
 
         self._attempt(log)
 
@@ -99,7 +102,7 @@ def start_trackers(
 ) -> list[Tracker]:
     """The trackers that the configuration asks for, on the main rank only.
 
-    `config` is the resolved configuration as plain values. Where Weights & Biases cannot be used (no key, no network,
+    `config` is the resolved configuration by group. Where Weights & Biases cannot be used (no key, no network,
     not installed) a line in the run's progress says so, and the run goes on without it.
     """
     mode = os.environ.get("WANDB_MODE", "")

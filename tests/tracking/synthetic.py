@@ -116,16 +116,20 @@ def write_ppo(directory: Path, *, iterations: int = 60, text: str | None = None)
             "step": step,
             "time": 0.0,
             "rollout/score": -0.1 + 1.6 * gain + noise.gauss(0, 0.12),
-            "rollout/kl": 9.0 * gain + noise.gauss(0, 0.4),
+            "rollout/kl_per_sequence": 9.0 * gain + noise.gauss(0, 0.4),
             "rollout/response_length": 19 - 2 * gain + noise.gauss(0, 0.7),
             "rollout/eos_rate": min(1.0, 0.95 + noise.gauss(0, 0.02)),
-            "train/policy_loss": -0.02 + noise.gauss(0, 0.01),
-            "train/value_loss": 0.08 + 0.3 * (1 - gain) + noise.gauss(0, 0.02),
-            "train/clip_fraction": abs(0.05 + 0.05 * gain + noise.gauss(0, 0.01)),
-            "train/entropy": 4.2 - 1.1 * gain + noise.gauss(0, 0.05),
+            "actor/loss": -0.02 + noise.gauss(0, 0.01),
+            "critic/loss": 0.08 + 0.3 * (1 - gain) + noise.gauss(0, 0.02),
+            "actor/clip_fraction": abs(0.05 + 0.05 * gain + noise.gauss(0, 0.01)),
+            "actor/entropy": 4.2 - 1.1 * gain + noise.gauss(0, 0.05),
         }
         if step % 20 == 0:
-            row |= {"eval/score": -0.05 + 1.5 * gain, "eval/kl": 8.7 * gain, "eval/response_length": 19 - 2 * gain}
+            row |= {
+                "eval/score": -0.05 + 1.5 * gain,
+                "eval/kl_per_sequence": 8.7 * gain,
+                "eval/response_length": 19 - 2 * gain,
+            }
             row |= {"eval/eos_rate": 0.95, "eval/judge_positive": 0.48 + 0.3 * gain}
         rows.append(row)
     _write(directory, _config({"name": "ppo", "kl_coef": 0.05, "iterations": iterations}), rows)
@@ -138,10 +142,22 @@ def write_ppo(directory: Path, *, iterations: int = 60, text: str | None = None)
         }
         row = {"stage": "ppo", "step": iterations, "prompt": f"{prompt} [{index}]", "responses": responses}
         append_row(directory / "samples.jsonl", row)
-    before = {"eval/score": -0.05, "eval/kl": 0.0, "eval/response_length": 19.0, "eval/eos_rate": 0.95}
-    after = {"eval/score": 1.35, "eval/kl": 8.1, "eval/response_length": 17.2, "eval/eos_rate": 0.953}
+    before = {
+        "eval/score": -0.05,
+        "eval/score_std": 0.98,
+        "eval/kl_per_sequence": 0.0,
+        "eval/response_length": 19.0,
+        "eval/eos_rate": 0.95,
+    }
+    after = {
+        "eval/score": 1.35,
+        "eval/score_std": 0.71,
+        "eval/kl_per_sequence": 8.1,
+        "eval/response_length": 17.2,
+        "eval/eos_rate": 0.953,
+    }
     before["eval/judge_positive"], after["eval/judge_positive"] = 0.484, 0.763
-    phases = {"generation": 88.0, "scoring": 9.5, "experience": 21.0, "update": 64.0, "evaluation": 12.0}
+    phases = {"generation": 88.0, "scoring": 30.5, "training": 64.0, "evaluation": 12.0, "export": 0.4}
     _finish(directory, _summary("ppo", before, after, phases))
 
 

@@ -4,14 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.schema import TrackingConfig
+from rlhf.config.schema import Precision, TrackingConfig
 from rlhf.tracking.records import Sample, read_rows
 from rlhf.tracking.trackers import WandbTracker, start_trackers
 
 SAMPLE: Sample = {
     "prompt": "it's a",
     "responses": {
-        "sft": {"text": "bore", "score": None, "tokens": 2, "ended": True},
+        "sft": {"text": "bore", "tokens": 2, "ended": True},
         "ppo": {"text": "joyful ride", "score": 1.5, "tokens": 3, "ended": True},
     },
 }
@@ -35,7 +35,9 @@ def progress(run_dir: Path) -> list[str]:
 def test_offline_writes_a_run_with_metrics_and_samples(tmp_path: Path) -> None:
     run_dir = tmp_path / "pipeline" / "ppo"
     tracking = TrackingConfig(wandb=True, project="film-reviews", offline=True)
-    (tracker,) = start_trackers(tracking, run_dir=run_dir, stage="ppo", config={"seed": 12321}, is_main=True)
+    (tracker,) = start_trackers(
+        tracking, run_dir=run_dir, stage="ppo", config={"seed": 12321, "format": Precision.bf16}, is_main=True
+    )
     tracker.metrics(1, {"train/loss": 0.5})
     tracker.samples(1, [SAMPLE])
     tracker.finish()

@@ -1,9 +1,11 @@
 """One module per kind of source. A module has these two functions and needs no registration:
 
     conversations(source: SourceConfig, *, name: str, on_bad_row: Callable[[str], None]) -> Iterator[Conversation]
-    content_digest(source: SourceConfig) -> str       a hash of everything that it reads
+    content_digest(source: SourceConfig, *, name: str) -> str       a hash of everything that it reads
 
-A module that can also supply an independent judge has `judge_texts() -> tuple[list[str], list[int]]`.
+A module that can also supply an independent judge has the following, texts and their labels (1 = positive):
+
+    judge_texts(*, held_out: bool) -> tuple[list[str], list[int]]
 """
 
 import importlib
@@ -30,7 +32,9 @@ def source_module(kind: str, *, key: str) -> ModuleType:
     return importlib.import_module(f"{__name__}.{kind}")
 
 
-def read_source(source: SourceConfig, *, name: str, on_bad_row: OnProblem, bad_rows: list[str]) -> Iterator[Conversation]:
+def read_source(
+    source: SourceConfig, *, name: str, on_bad_row: OnProblem, bad_rows: list[str]
+) -> Iterator[Conversation]:
     """Yield a source's conversations; rows that cannot be used are described in `bad_rows`.
 
     Raises DataError at the end of the source if there were bad rows and `on_bad_row` is error: the message lists the
@@ -52,4 +56,4 @@ def read_source(source: SourceConfig, *, name: str, on_bad_row: OnProblem, bad_r
             + "\nRepair them, or set data.on_bad_row=skip to leave them out"
         )
     if not usable:
-        raise DataError(f"data.sources.{name} ({source.path or source.kind}) has no usable row: it must have at least one")
+        raise DataError(f"data.sources.{name} ({source.path or source.kind}) has no usable row: add rows, or remove it")

@@ -24,7 +24,7 @@ def source_files(source: SourceConfig, *, name: str) -> list[Path]:
     files = sorted(file for file in path.iterdir() if file.name.endswith(SUFFIXES)) if path.is_dir() else [path]
     if not path.exists() or not files:
         what = "has no such file" if path.is_dir() else "does not exist"
-        raise DataError(f"{key}={source.path} {what}: give a file ending in {', '.join(SUFFIXES)}, or a directory of them")
+        raise DataError(f"{key}={source.path} {what}: give a file ending in {', '.join(SUFFIXES)}, or their directory")
     if not files[0].name.endswith(SUFFIXES):
         raise DataError(f"{key}={source.path}: the name must end in {', '.join(SUFFIXES)}")
     return files
@@ -90,10 +90,10 @@ def conversations(source: SourceConfig, *, name: str, on_bad_row: Callable[[str]
             )
 
 
-def content_digest(source: SourceConfig) -> str:
+def content_digest(source: SourceConfig, *, name: str) -> str:
     """Hash of the files' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in source_files(source, name="file"):
+    for file in source_files(source, name=name):
         content = _content(file)
         digest.update(f"{file.name} {len(content)} ".encode() + content)
     return digest.hexdigest()

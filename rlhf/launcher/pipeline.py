@@ -1,0 +1,72 @@
+"""Starts the stages of a run one after the other, each by its own launch of DeepSpeed."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from rlhf.config.files import write_config
+from rlhf.config.schema import Config
+from rlhf.launcher.command import launch_command
+from rlhf.launcher.process import Outcome, is_finished, supervise
+from rlhf.launcher.progress import ProgressFollower
+from rlhf.launcher.rundir import CONFIG, move_aside
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageRun:
+    """One stage of a run: its resolved configuration and where it is written."""
+
+    config: Config
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """The stage's name."""
+        return self.config.stage.name
+
+    @property
+    def ranks(self) -> int:
+        """Ranks over all machines."""
+        return (self.config.hardware.gpus_per_node or 1) * self.config.hardware.nodes
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all ranks have finished."""
+        return is_finished(self.directory, self.ranks)
+
+
+def run_stages(runs: Sequence[StageRun], *, run_dir: Path, gpus: Sequence[int], stream: TextIO) -> Outcome:
+    """Run the stages in order and stop at the first that fails; stages that have finished before are kept."""
+    for run in runs:
+        if run.is_finished:
+            print(f"{run.name}: finished before, kept: {run.directory}", file=stream, flush=True)
+            continue
+        if run.directory != run_dir:
+            aside = move_aside(run.directory)
+            if aside is not None:
+                print(f"{run.name}: starts anew; what was half-written is now {aside}", file=stream, flush=True)
+        outcome = start_stage(run, gpus=gpus, stream=stream)
+        if outcome.code:
+            return Outcome(outcome.code, f"stage {run.name}: {outcome.message}")
+    return Outcome(0)
+
+
+def start_stage(run: StageRun, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
+    """Write a stage's configuration and command, launch it and show its progress until it ends."""
+    path = run.directory / CONFIG
+    write_config(run.config, path)
+    command = launch_command(run.config, config_path=path, gpus=gpus)
+    (run.directory / "command.txt").write_text(f"{command.shell()}\n", encoding="utf-8")
+    hardware = run.config.hardware
+    print(
+        f"{run.name}: {run.ranks} ranks on {hardware.accelerator.name}, {run.config.memory.precision.name}, "
+        f"ZeRO-{run.config.memory.zero_stage}, logs in {run.directory / 'logs'}",
+        file=stream,
+        flush=True,
+    )
+    follower = ProgressFollower(run.directory / "progress.jsonl", stream)
+    try:
+        return supervise(command, run_dir=run.directory, ranks=run.ranks, on_poll=follower.poll)
+    finally:
+        follower.finish()

@@ -1,0 +1,100 @@
+"""The run directory: its name, whether it may be written, and who is writing it."""
+
+import fcntl
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.errors import ConfigError
+from rlhf.config.files import read_yaml, to_plain
+from rlhf.config.schema import Config
+
+CONFIG = "config.yaml"
+_LOCK = ".lock"
+# What does not change what is trained.
+_IGNORED = ("run_dir", "cache_dir", "mode")
+
+
+def _identity(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _IGNORED}
+
+
+def with_run_dir(config: Config) -> Config:
+    """Fill in the run directory, if there is none: runs/<stage>-<model>-<data>-seed<seed>-<hash>."""
+    if config.run_dir is not None:
+        return config
+    content = json.dumps(_identity(to_plain(config)), sort_keys=True)
+    digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
+    name = f"{config.stage.name}-{config.model.name}-{config.data.name}-seed{config.seed}-{digest}"
+    return replace(config, run_dir=str(Path("runs", name).absolute()))
+
+
+def check_run_dir(run_dir: Path, config: Config, *, resumable: bool, finished: bool) -> bool:
+    """Return whether an unfinished pipeline is to be gone on with; raise ConfigError if the directory can't be used.
+
+    `resumable` is whether a run of this kind can go on, `finished` whether the directory holds a complete one.
+    """
+    if not run_dir.exists():
+        return False
+    if not run_dir.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
+    if not (run_dir / CONFIG).is_file():
+        if {entry.name for entry in run_dir.iterdir()} <= {_LOCK}:
+            return False
+        raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
+    way_out = "To train anew, give another run_dir= or delete that directory"
+    changed = _differences(_identity(read_yaml(run_dir / CONFIG)), _identity(to_plain(config)))
+    if changed:
+        listed = ", ".join(changed[:8]) + (" …" if len(changed) > 8 else "")
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run with another configuration (it differs in {listed}). {way_out}"
+        )
+    if finished:
+        report = run_dir / "report.html"
+        where = f": its report is {report}" if report.is_file() else ""
+        raise ConfigError(f"run_dir={run_dir} holds this very run, which has finished{where}. {way_out}")
+    if not resumable:
+        raise ConfigError(f"run_dir={run_dir} holds this very run, which did not finish. {way_out}")
+    return True
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The keys in which two plain configurations differ."""
+    found: list[str] = []
+    for key in [*new, *(key for key in old if key not in new)]:
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found += _differences(before, after, f"{prefix}{key}.")
+        elif before != after or (key in old) != (key in new):
+            found.append(f"{prefix}{key}")
+    return found
+
+
+@contextmanager
+def claimed(run_dir: Path) -> Iterator[None]:
+    """Create a run directory if need be and keep other launches away; raises ConfigError if one is at it."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (run_dir / _LOCK).open("a")
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(f"run_dir={run_dir} is being written by another launch.py: wait for it") from error
+        yield
+
+
+def move_aside(directory: Path) -> Path | None:
+    """Rename a stage's half-written directory to <stage>.failed-<n> and return its new name; None if there is none."""
+    if not directory.exists():
+        return None
+    number = 1
+    while (target := directory.with_name(f"{directory.name}.failed-{number}")).exists():
+        number += 1
+    return directory.rename(target)

@@ -1,0 +1,122 @@
+"""Local files of rows, and what is said about broken ones."""
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.schema import DataFormat, OnProblem, SourceConfig
+from rlhf.data.conversation import Conversation, Message
+from rlhf.data.sources import read_source
+
+ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
+
+
+def read(
+    path: Path | None, *, on_bad_row: OnProblem = OnProblem.error, form: DataFormat = DataFormat.preference
+) -> tuple[list[Conversation], list[str]]:
+    bad_rows: list[str] = []
+    source = SourceConfig(kind="file", path=None if path is None else str(path), format=form)
+    return list(read_source(source, name="main", on_bad_row=on_bad_row, bad_rows=bad_rows)), bad_rows
+
+
+def write(path: Path, *lines: object) -> Path:
+    path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
+    return path
+
+
+def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [{**ROW, "prompt": f"p{n}"} for n in range(3)]
+    lines = write(tmp_path / "a.jsonl", *rows)
+    packed = tmp_path / "a.jsonl.gz"
+    packed.write_bytes(gzip.compress(lines.read_bytes()))
+    array = tmp_path / "a.json"
+    array.write_text(json.dumps(rows))
+    for path in (lines, packed, array):
+        found, bad = read(path)
+        assert [row.messages for row in found] == [(Message("user", f"p{n}"),) for n in range(3)]
+        assert [(row.chosen, row.rejected, row.source) for row in found] == [("c", "r", "main")] * 3
+        assert bad == []
+
+
+def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
+    write(tmp_path / "b.jsonl", {**ROW, "prompt": "second"})
+    write(tmp_path / "a.jsonl", {**ROW, "prompt": "first"})
+    write(tmp_path / "notes.txt", "no rows")
+    assert [row.prompt_text for row in read(tmp_path)[0]] == ["first", "second"]
+
+
+def test_prompts_alone_have_no_answers(tmp_path: Path) -> None:
+    found, _ = read(write(tmp_path / "a.jsonl", {"prompt": "p"}), form=DataFormat.prompt)
+    assert (found[0].chosen, found[0].rejected) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{not json", "not valid JSON"),
+        ([1, 2], "must be an object with the keys prompt, chosen, rejected, not list"),
+        ({"prompt": "p", "chosen": "c"}, 'the key "rejected" is missing'),
+        ({**ROW, "chosen": 3}, '"chosen" must be text, not int'),
+        ({**ROW, "prompt": "  "}, '"prompt" is empty'),
+    ],
+)
+def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, line: object, reason: str) -> None:
+    path = write(tmp_path / "rows.jsonl", ROW, "", line, ROW)
+    with pytest.raises(DataError) as raised:
+        read(path)
+    assert f"{path}:3: {reason}" in str(raised.value)
+    assert "data.on_bad_row=skip" in str(raised.value)
+    found, bad = read(path, on_bad_row=OnProblem.skip)
+    assert len(found) == 2
+    assert len(bad) == 1 and bad[0].startswith(f"{path}:3: {reason}")
+
+
+def test_bytes_that_are_no_text_are_a_broken_row(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
+        read(path)
+
+
+def test_only_the_first_twenty_broken_rows_are_listed(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *(["x"] * 25), ROW)
+    with pytest.raises(DataError) as raised:
+        read(path)
+    message = str(raised.value)
+    assert "25 rows cannot be used" in message and "rows.jsonl:20:" in message and "… and 5 more" in message
+    assert "rows.jsonl:21:" not in message
+
+
+@pytest.mark.parametrize("lines", [(), ("", "  ")])
+def test_an_empty_file_is_an_error(tmp_path: Path, lines: tuple[str, ...]) -> None:
+    with pytest.raises(DataError, match=r"data\.sources\.main .*rows\.jsonl\) has no usable row"):
+        read(write(tmp_path / "rows.jsonl", *lines))
+
+
+def test_only_broken_rows_are_an_error_even_when_skipping(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no usable row"):
+        read(write(tmp_path / "rows.jsonl", "x"), on_bad_row=OnProblem.skip)
+
+
+def test_wrong_paths_are_explained(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources\.main\.path is not set"):
+        read(None)
+    with pytest.raises(DataError, match=r"data\.sources\.main\.path=.*none\.jsonl does not exist"):
+        read(tmp_path / "none.jsonl")
+    with pytest.raises(DataError, match=r"has no such file"):
+        read(tmp_path)
+    with pytest.raises(DataError, match=r"the name must end in \.jsonl"):
+        read(write(tmp_path / "rows.csv", "a"))
+    with pytest.raises(DataError, match=r"must hold a JSON array of rows, not dict"):
+        read(write(tmp_path / "rows.json", ROW))
+    (tmp_path / "rows.jsonl.gz").write_bytes(b"not gzip")
+    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read"):
+        read(tmp_path / "rows.jsonl.gz")
+
+
+def test_an_unknown_kind_names_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources\.x\.kind=films: .* there are file, film_reviews"):
+        list(read_source(SourceConfig(kind="films"), name="x", on_bad_row=OnProblem.error, bad_rows=[]))

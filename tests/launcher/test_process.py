@@ -1,0 +1,130 @@
+"""The wrapper around the real DeepSpeed launcher, with ranks that end in every way that ranks can end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf.launcher.command import PROJECT
+from rlhf.launcher.processes import remove_shared_memory
+from rlhf.launcher.watchdog import start_time, start_watchdog
+
+DRIVE = Path(__file__).with_name("drive.py")
+
+
+def start(run_dir: Path, behaviour: str) -> subprocess.Popen[str]:
+    """Start the driver, which stands for launch.py, as a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    argv = [sys.executable, str(DRIVE), str(run_dir), behaviour]
+    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def processes_of(run_dir: Path) -> list[int]:
+    """All living processes whose command line names the run directory, but for the driver and its zombies."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and start_time(int(entry.name)) is not None:
+            try:
+                line = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if str(run_dir).encode() in line:
+                found.append(int(entry.name))
+    return found
+
+
+def rank_pids(run_dir: Path) -> list[tuple[int, int]]:
+    """Pid and parent's pid of both ranks, as soon as both run."""
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        files = [run_dir / "pid0", run_dir / "pid1"]
+        texts = [file.read_text() for file in files if file.exists()]
+        if len(texts) == 2 and all(" " in text for text in texts):
+            return [(int(text.split()[0]), int(text.split()[1])) for text in texts]
+        time.sleep(0.1)
+    raise AssertionError(f"the ranks did not start: {(run_dir / 'logs' / 'launcher.log').read_text()}")
+
+
+@pytest.fixture
+def shared_memory() -> Iterator[None]:
+    """Fail if anything new is left in shared memory."""
+    before = {path.name for path in Path("/dev/shm").iterdir()}
+    yield
+    after = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("deepspeed_", "torch_"))}
+    assert after <= before
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "code", "message"),
+    [
+        ("finish", 0, ""),
+        ("raise", 1, "the loss is a pumpkin"),
+        ("user-error", 2, "reviews.jsonl:7: no key 'prompt'"),
+        ("killed", 1, "rank 1 was killed by signal 9 (SIGKILL)"),
+    ],
+)
+@pytest.mark.usefixtures("shared_memory")
+def test_ranks_that_end_by_themselves(tmp_path: Path, behaviour: str, code: int, message: str) -> None:
+    started = time.monotonic()
+    driver = start(tmp_path, behaviour)
+    output, _ = driver.communicate(timeout=120)
+    assert driver.returncode == code, output
+    assert message in output
+    assert ("Traceback" in output) == (behaviour == "raise")
+    assert processes_of(tmp_path) == []
+    if code:
+        failed_at = max(path.stat().st_mtime for path in [*tmp_path.glob("errors/*"), *tmp_path.glob("pid?")])
+        assert time.time() - failed_at < 30
+    assert time.monotonic() - started < 120
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.usefixtures("shared_memory")
+def test_a_signal_to_the_wrapper_leaves_no_process(tmp_path: Path, signum: signal.Signals) -> None:
+    driver = start(tmp_path, "deaf" if signum is signal.SIGTERM else "sleep")
+    rank_pids(tmp_path)
+    driver.send_signal(signum)
+    output, _ = driver.communicate(timeout=60)
+    assert driver.returncode == 128 + signum
+    assert f"interrupted by {signum.name}" in output
+    assert processes_of(tmp_path) == []
+
+
+def test_killing_the_per_node_launcher_is_a_failure_and_leaves_no_orphans(tmp_path: Path) -> None:
+    driver = start(tmp_path, "sleep")
+    (_, per_node), _ = rank_pids(tmp_path)
+    os.kill(per_node, signal.SIGKILL)
+    output, _ = driver.communicate(timeout=30)
+    assert driver.returncode == 1
+    assert "ended before the ranks had finished" in output
+    assert processes_of(tmp_path) == []
+
+
+def test_killing_the_wrapper_ends_the_ranks(tmp_path: Path) -> None:
+    driver = start(tmp_path, "sleep")
+    rank_pids(tmp_path)
+    driver.kill()
+    driver.wait()
+    deadline = time.monotonic() + 20
+    while processes_of(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert processes_of(tmp_path) == []
+
+
+def test_only_the_runs_own_shared_memory_is_deleted(tmp_path: Path) -> None:
+    names = ["deepspeed_allreduce_buffer_0_127.0.0.1_29501_0", "deepspeed_allreduce_buffer_0_127.0.0.1_29502_0"]
+    names += ["torch_17_33_0", "torch_18_33_0", "nccl-abc"]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_shared_memory(port=29501, pids={17}, folder=tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {names[1], "torch_18_33_0", "nccl-abc"}
+
+
+def test_without_a_launcher_there_is_nothing_to_watch() -> None:
+    assert start_watchdog({}) is None
+    assert start_watchdog({"RLHF_LAUNCHER_PID": str(os.getpid()), "RLHF_LAUNCHER_START": ""}) is None
