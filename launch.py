@@ -45,9 +45,9 @@ def main() -> int:
             sys.exit(codes[-1])  # An interruption ends a sweep, too.
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    scratch = tempfile.mkdtemp(prefix="rlhf-launch-")
+    scratch = Path(tempfile.gettempdir(), f"rlhf-sweep-{os.getpid()}")
     # Hydra would print errors itself and exit with 1, and would leave a directory for every sweep.
-    os.environ.update(HYDRA_FULL_ERROR="1", RLHF_SWEEP_DIR=scratch)
+    os.environ.update(HYDRA_FULL_ERROR="1", RLHF_SWEEP_DIR=str(scratch))
     register_schemas()
     try:
         job()

@@ -22,7 +22,9 @@ def main() -> int:
     redirect_output(run_dir / "logs" / f"rank{rank}.log")
     try:
         run_stage(path, run_dir)
-    except BaseException as error:  # Whatever it is, the launcher must learn of it; it is raised again by the exit code.
+    except (
+        BaseException
+    ) as error:  # Whatever it is, the launcher must learn of it; it is raised again by the exit code.
         record_error(run_dir / "errors" / f"rank{rank}.json", error)
         traceback.print_exc()
         return 2 if is_user_error(error) else 1

@@ -7,6 +7,7 @@ written to the standard output.
 
 import argparse
 import contextlib
+import importlib
 import json
 import os
 import sys
@@ -118,14 +119,13 @@ class Chat:
 
     def _generate(self, prompt_ids: list[int], output: TextIO) -> str:
         import torch
-        from transformers import GenerationConfig
 
         options = self.options
         sample = not options.greedy and options.temperature > 0
         limit = min(options.max_new_tokens, self.context - len(prompt_ids))
         beyond = range(len(self.tokenizer), self.model.get_input_embeddings().num_embeddings)
         sampling = {"temperature": options.temperature, "top_p": options.top_p, "top_k": 0} if sample else {}
-        config = GenerationConfig(
+        config = _transformers().GenerationConfig(
             max_new_tokens=limit,
             do_sample=sample,
             # Any special token ends the turn: whatever follows one isn't part of the answer.
@@ -188,26 +188,25 @@ def find_model(run: Path) -> Path:
 def load_chat(directory: Path, options: Options) -> Chat:
     """Load a model and its tokenizer in the format that it was saved in, on the GPU if there is one."""
     import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig
-    from transformers.utils import logging
 
     from rlhf.models.tokenizer import complete_tokenizer, load_tokenizer
 
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    library = _transformers()
+    library.logging.set_verbosity_error()
+    library.logging.disable_progress_bar()
     if not list(directory.glob("*.safetensors")):
         raise ConfigError(f"{directory} has no *.safetensors file: only this format is loaded")
     tokenizer = load_tokenizer(directory)
     complete_tokenizer(tokenizer, chat_template=None)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = library.AutoModelForCausalLM.from_pretrained(
             directory, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ConfigError(f"the model in {directory} cannot be loaded: {error}") from error
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # What isn't asked for here must not come from a file beside the weights.
-    model.generation_config = GenerationConfig()
+    model.generation_config = library.GenerationConfig()
     if options.seed is not None:
         torch.manual_seed(options.seed)
     chat = Chat(model=model, tokenizer=tokenizer, options=options)
@@ -289,6 +288,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Whoever read the answers has gone; the interpreter must not fail over flushing to them.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _transformers() -> Any:
+    # Loaded late, so that mistakes are told at once; its annotations are too partial for a strict check.
+    return importlib.import_module("transformers")
 
 
 def _writes_text(directory: Path) -> bool:

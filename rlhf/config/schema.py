@@ -74,7 +74,7 @@ class OptimizerConfig:
 
     learning_rate: float = option(1e-5, "Peak learning rate.")
     betas: list[float] = option_factory(lambda: [0.9, 0.95], "AdamW's two decay rates.")
-    eps: float = option(1e-5, "AdamW's epsilon.")
+    eps: float = option(1e-8, "AdamW's epsilon.")
     weight_decay: float = option(0.0, "Decoupled weight decay; biases and norms are exempt.")
     schedule: Schedule = option(Schedule.cosine, "Shape of the decay after the warm-up: constant, linear or cosine.")
     warmup_ratio: float = option(0.03, "Share of the optimizer steps over which the rate rises linearly.")
@@ -135,7 +135,9 @@ class SourceConfig:
     path: str | None = option(None, "File or directory to read (kind=file).")
     part: str | None = option(None, "Which part of a packaged source to read.")
     opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.")
-    weight: float | None = option(None, "Share in the training mix relative to the other sources; null for all: every row is used.")
+    weight: float | None = option(
+        None, "Share in the training mix relative to the other sources; null for all: every row is used."
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -157,11 +159,17 @@ class DataConfig:
     sources: dict[str, SourceConfig] = option_factory(dict, "The sources by name.")
     split: SplitConfig = option_factory(SplitConfig, "The division over the stages.")
     max_prompt_length: int = option(256, "Longest prompt in tokens, chat template included.")
-    max_response_length: int = option(256, "Longest response in tokens, EOS included; longer ones are truncated and counted.")
+    max_response_length: int = option(
+        256, "Longest response in tokens, EOS included; longer ones are truncated and counted."
+    )
     on_bad_row: OnProblem = option(OnProblem.error, "Stop at rows that cannot be used, or skip and count them.")
-    on_long_prompt: OnProblem = option(OnProblem.error, "Stop at prompts beyond max_prompt_length, or skip and count them.")
+    on_long_prompt: OnProblem = option(
+        OnProblem.error, "Stop at prompts beyond max_prompt_length, or skip and count them."
+    )
     sft_on_rejected: bool = option(False, "Fine-tune on the rejected answers as well as on the chosen ones.")
-    judge: str | None = option(None, "A module of rlhf/data/sources with reviews for an independent judge; null for none.")
+    judge: str | None = option(
+        None, "A module of rlhf/data/sources with reviews for an independent judge; null for none."
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -169,7 +177,9 @@ class HardwareConfig:
     """The machines of a run."""
 
     name: str = option("", "Short name.")
-    accelerator: Accelerator = option(Accelerator.auto, "Device of the ranks; auto takes CUDA if there is any, else the CPU.")
+    accelerator: Accelerator = option(
+        Accelerator.auto, "Device of the ranks; auto takes CUDA if there is any, else the CPU."
+    )
     nodes: int = option(1, "Machines.")
     gpus_per_node: int | None = option(None, "Ranks per machine; null takes all GPUs, or two ranks on a CPU.")
     threads_per_rank: int | None = option(None, "CPU threads per rank; null divides the cores among the ranks.")
@@ -180,7 +190,10 @@ class MemoryConfig:
     """How model states are placed."""
 
     zero_stage: int = option(1, "ZeRO stage of the trained models: 0 to 3.")
-    precision: Precision = option(Precision.auto, "Format of the computing weights; auto: bf16 if the device has it, else fp16 (GPU) or fp32 (CPU).")
+    precision: Precision = option(
+        Precision.auto,
+        "Format of the computing weights; auto: bf16 if the device has it, else fp16 (GPU) or fp32 (CPU).",
+    )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
 
 
@@ -235,7 +248,9 @@ class Config:
     scorer: ScorerConfig = option_factory(ScorerConfig, "Scoring.")
     tracking: TrackingConfig = option_factory(TrackingConfig, "Tracking.")
     launcher: LauncherConfig = option_factory(LauncherConfig, "Launching.")
-    mode: Mode = option(Mode.run, "run: train. plan: print the resolved commands and DeepSpeed configurations, and stop.")
+    mode: Mode = option(
+        Mode.run, "run: train. plan: print the resolved commands and DeepSpeed configurations, and stop."
+    )
     seed: int = option(1, "Seed of initialisation, shuffling and sampling.")
     run_dir: str | None = option(None, "Where the run is written; null: runs/<stage>-<model>-<data>-seed<seed>-<hash>.")
     cache_dir: str | None = option(None, "Where prepared models and data are kept; null: $RLHF_CACHE or ~/.cache/rlhf.")

@@ -211,13 +211,14 @@ class _Builder:
         weights = {name: source.weight for name, source in self.data.sources.items()}
         mixed, reports = {}, []
         for part in ALL_PARTS:
-            keyed = [(_order(row), row) for row in self.rows[part.label]]
-            ordered = [row for _, row in sorted(keyed, key=lambda item: item[0])]
+            ordered = sorted(self.rows[part.label], key=lambda row: _hash_of_row("choose", row))
             available = {name: sum(row["source"] == name for row in ordered) for name in weights}
             taken = available if part.held_out else mix_sizes(available, weights)
             if not part.held_out:
                 reports += mix_reports(part.label, available, taken)
-            mixed[part.label] = list(_first_of_each(ordered, taken))
+            # Another hash: the rows kept of a source that gives up many would else all stand at the beginning.
+            kept = _first_of_each(ordered, taken)
+            mixed[part.label] = sorted(kept, key=lambda row: _hash_of_row("order", row))
         return mixed, reports
 
 
@@ -225,8 +226,10 @@ def _no_rejected() -> Row:
     return {"rejected_ids": None, "rejected_text": None, "rejected_truncated": False}
 
 
-def _order(row: Row) -> float:
-    return uniform(json.dumps([row[key] for key in ("prompt_text", "chosen_text", "rejected_text", "source")]))
+def _hash_of_row(purpose: str, row: Row) -> float:
+    return uniform(
+        json.dumps([purpose, *(row[key] for key in ("prompt_text", "chosen_text", "rejected_text", "source"))])
+    )
 
 
 def _first_of_each(rows: Iterable[Row], sizes: dict[str, int]) -> Iterator[Row]:

@@ -21,7 +21,7 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(ctx: Any, logits: Tensor, ids: Tensor, temperature: float, chunk_size: int) -> Tensor:
         """Logits [N, V] and ids [N] to log-probabilities [N]."""
         picked, normalizers = [], []
-        for part, part_ids in zip(logits.split(chunk_size), ids.split(chunk_size), strict=True):
+        for part, part_ids in zip(torch.split(logits, chunk_size), torch.split(ids, chunk_size), strict=True):
             scaled = _wide(part) / temperature
             picked.append(scaled.gather(1, part_ids.unsqueeze(1)).squeeze(1))
             normalizers.append(scaled.logsumexp(dim=1))
@@ -36,7 +36,7 @@ class _TokenLogprobs(torch.autograd.Function):
         logits, ids, normalizer = ctx.saved_tensors
         size = ctx.chunk_size
         gradient = torch.empty_like(logits)
-        chunks = (tensor.split(size) for tensor in (logits, gradient, ids, normalizer, grad_outputs[0]))
+        chunks = (torch.split(tensor, size) for tensor in (logits, gradient, ids, normalizer, grad_outputs[0]))
         for part, out, part_ids, part_normalizer, incoming in zip(*chunks, strict=True):
             weight = (incoming / ctx.temperature).unsqueeze(1)
             local = torch.exp(_wide(part) / ctx.temperature - part_normalizer.unsqueeze(1)).mul_(-weight)
@@ -66,12 +66,12 @@ def token_logprobs(
 def entropy(
     logits: Float[Tensor, "B R V"], *, temperature: float = 1.0, chunk_size: int = CHUNK_SIZE
 ) -> Float[Tensor, "B R"]:
-    """Entropy in nats of each distribution, without gradient: `-sum_j p_j log p_j`, `p = softmax(logits / temperature)`.
+    """Entropy in nats of each distribution: `-sum_j p_j log p_j`, `p = softmax(logits / temperature)`.
 
-    Computed in fp32 over chunks of at most `chunk_size` tokens. Entries of -inf contribute nothing.
+    Without gradient, in fp32, over chunks of at most `chunk_size` tokens. Entries of -inf contribute nothing.
     """
     parts = []
-    for part in logits.reshape(-1, logits.shape[-1]).split(chunk_size):
+    for part in torch.split(logits.reshape(-1, logits.shape[-1]), chunk_size):
         logprobs = (_wide(part) / temperature).log_softmax(dim=1)
         probabilities = logprobs.exp()
         parts.append(-torch.where(probabilities > 0, probabilities * logprobs, 0.0).sum(dim=1))

@@ -1,6 +1,6 @@
 """The losses. Each is a SUM over tokens or pairs: the caller divides by the count of the whole optimizer step.
 
-The statistics are sums too (detached, except where a maximum is meant), so that micro-batches and ranks add up. What
+The statistics are detached sums too, but for one maximum, so that micro-batches and ranks add up. What
 lies outside a mask changes neither the loss nor its gradient, even if it is NaN or infinite.
 """
 
@@ -52,9 +52,9 @@ def policy_loss(
 ) -> tuple[Float[Tensor, ""], PolicyLossStats]:
     """Clipped surrogate loss, summed: `max(-A rho, -A clamp(rho, 1 ± clip_range))`, `rho = exp(logprob - old)`.
 
-    Schulman et al. 2017, equation 7. `dual_clip` c > 1 bounds the loss of negative advantages by `-A c` (Ye et al. 2020,
-    equation 5). The log-ratio is held within ±20. Statistics: sum of rho, max |rho - 1|, number of tokens at which the
-    clipped term (or the bound) decides, sum of k3 between the old and the new policy.
+    Schulman et al. 2017, equation 7. `dual_clip` c > 1 bounds the loss of negative advantages by `-A c` (Ye et al.
+    2020, equation 5). The log-ratio is held within ±20. Statistics: sum of rho, max |rho - 1|, number of tokens at
+    which the clipped term (or the bound) decides, sum of k3 between the old and the new policy.
     """
     log_ratio = torch.where(mask, logprobs - old_logprobs, 0.0).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     advantages = torch.where(mask, advantages, 0.0)
@@ -88,8 +88,8 @@ def value_loss(
 ) -> tuple[Float[Tensor, ""], ValueLossStats]:
     """Clipped squared error, summed: `0.5 max((V - G)^2, (clamp(V, V_old ± value_clip_range) - G)^2)`.
 
-    Schulman et al. 2016 (baselines' PPO2); N+ Implementation Details of RLHF with PPO (2403.17031). Statistics: number
-    of tokens at which the clipped error decides, and the sum of the plain squared errors.
+    OpenAI baselines' PPO2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (2403.17031).
+    Statistics: number of tokens at which the clipped error decides, and the sum of the plain squared errors.
     """
     values, old_values, returns = (torch.where(mask, part, 0.0) for part in (values, old_values, returns))
     limited = torch.minimum(torch.maximum(values, old_values - value_clip_range), old_values + value_clip_range)

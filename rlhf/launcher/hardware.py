@@ -35,7 +35,8 @@ def usable_cores() -> int:
 
 def cpu_computes_bf16(cpuinfo: str) -> bool:
     """Whether /proc/cpuinfo names instructions for bf16: avx512_bf16, amx_bf16; bf16 on Arm."""
-    return re.search(r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b", cpuinfo, flags=re.MULTILINE) is not None
+    pattern = r"^(flags|Features)\s*:.*\b(avx512_bf16|amx_bf16|bf16)\b"
+    return re.search(pattern, cpuinfo, flags=re.MULTILINE) is not None
 
 
 def visible_gpus() -> dict[int, float]:

@@ -108,7 +108,12 @@ class RunProcesses:
                 os.kill(pid, signum)
 
     def end(self, grace: float) -> None:
-        """End every process that is left: first asked by SIGTERM, after `grace` seconds by SIGKILL."""
+        """End every process that is left: first asked by SIGTERM, after `grace` seconds by SIGKILL.
+
+        A helper that is about to leave by itself gets a second to do so.
+        """
+        if self._wait(min(1.0, grace)):
+            return
         for signum, seconds in ((signal.SIGTERM, grace), (signal.SIGKILL, 10.0)):
             if not self._wait(0.0):
                 self.send(signum)

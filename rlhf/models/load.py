@@ -21,7 +21,12 @@ from rlhf.config.errors import ConfigError
 
 
 def load_causal_lm(
-    directory: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, attention: str, revision: str | None = None
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Load a causal language model; its special-token ids are the tokenizer's.
 
@@ -85,7 +90,12 @@ class ScalarModel(nn.Module):
 
 
 def load_scalar_model(
-    directory: str | Path, tokenizer: PreTrainedTokenizerBase, *, dtype: torch.dtype, attention: str, revision: str | None = None
+    directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    dtype: torch.dtype,
+    attention: str,
+    revision: str | None = None,
 ) -> ScalarModel:
     """Load a model with a scalar head from a trained reward model, or from a language model (the head is then new).
 
@@ -107,7 +117,9 @@ def load_scalar_model(
             raise
         raise ConfigError(f"{directory}: transformers has no sequence classifier for {config.model_type}") from error
     if not isinstance(getattr(model, "score", None), nn.Linear):
-        raise ConfigError(f"{directory}: the sequence classifier of {config.model_type} has no linear head named 'score'")
+        raise ConfigError(
+            f"{directory}: the sequence classifier of {config.model_type} has no linear head named 'score'"
+        )
     set_special_tokens(model, tokenizer)
     return ScalarModel(model)
 

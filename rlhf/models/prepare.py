@@ -39,7 +39,9 @@ def prepare_base_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *
     """
     if model.source is WeightSource.pretrained:
         if model.path is None:
-            raise ConfigError("model.path is not set: give a directory or ORG/NAME, as in  model=hf model.path=ORG/NAME")
+            raise ConfigError(
+                "model.path is not set: give a directory or ORG/NAME, as in  model=hf model.path=ORG/NAME"
+            )
         return model.path
     facts = {"model": asdict(model), "seed": seed, "vocabulary": tokenizer.get_vocab(), "format": 1}
     key = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=8).hexdigest()

@@ -30,9 +30,7 @@ def response_logits(engine: Any, rollout: Rollout, *, vocab_limit: int) -> Float
     return logits[:, :-1, :vocab_limit]
 
 
-def response_logprobs(
-    engine: Any, rollout: Rollout, *, temperature: float, vocab_limit: int
-) -> Float[Tensor, "B R"]:
+def response_logprobs(engine: Any, rollout: Rollout, *, temperature: float, vocab_limit: int) -> Float[Tensor, "B R"]:
     """Log-probability of each response token under the sampling temperature, fp32; 0 outside the response mask."""
     logits = response_logits(engine, rollout, vocab_limit=vocab_limit)
     logprobs = token_logprobs(logits, rollout.response_ids.clamp(max=vocab_limit - 1), temperature=temperature)
@@ -67,9 +65,7 @@ def sequence_scores(engine: Any, sequence_ids: Tensor, attention_mask: Tensor) -
 
 
 @torch.no_grad()
-def in_micro_batches(
-    compute: Callable[[Rollout], Tensor], rollout: Rollout, *, micro_batch_size: int
-) -> Tensor:
+def in_micro_batches(compute: Callable[[Rollout], Tensor], rollout: Rollout, *, micro_batch_size: int) -> Tensor:
     """Concatenate what `compute` returns for consecutive micro-batches, without gradient.
 
     The shapes are those of the training passes, so that both compute the same numbers.

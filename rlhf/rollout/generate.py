@@ -39,16 +39,11 @@ def generate(
     """
     settings = _generation_config(tokenizer, sampling, vocab_size=engine.module.config.vocab_size, limit=vocab_limit)
     with generation_mode(engine) as model, torch.no_grad():
-        parts = [
-            _generate_part(model, part, settings)
-            for part in prompts.split(sampling.batch_size or len(prompts))
-        ]
+        parts = [_generate_part(model, part, settings) for part in prompts.split(sampling.batch_size or len(prompts))]
     width = prompts.prompt_ids.shape[1]
     longest = max(part.shape[1] for part in parts)
     pad_id = int(tokenizer.pad_token_id)
-    sequences = torch.cat(
-        [torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad_id) for part in parts]
-    )
+    sequences = torch.cat([torch.nn.functional.pad(part, (0, longest - part.shape[1]), value=pad_id) for part in parts])
     lengths = torch.cat([torch.full((len(part),), part.shape[1] - width, device=part.device) for part in parts])
     mask = response_mask_from_ids(sequences[:, width:], eos_id=int(tokenizer.eos_token_id))
     generated = torch.arange(longest - width, device=sequences.device) < lengths.unsqueeze(1)

@@ -63,9 +63,7 @@ class Session:
 
     def base_model(self) -> str:
         """What `from_pretrained` takes for the configured policy."""
-        return prepare_base_model(
-            self.config.model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed
-        )
+        return prepare_base_model(self.config.model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed)
 
     def base_reward_model(self) -> str:
         """What `from_pretrained` takes for the configured reward model."""

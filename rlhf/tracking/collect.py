@@ -183,7 +183,7 @@ def _first_error(directory: Path) -> tuple[str, str]:
 
 def _phases(phases: Mapping[str, float], seconds: float) -> list[Phase]:
     rest = seconds - sum(phases.values())
-    parts = sorted(phases.items(), key=lambda entry: -entry[1]) + [("start and the rest", max(rest, 0.0))]
+    parts = [*sorted(phases.items(), key=lambda entry: -entry[1]), ("start and the rest", max(rest, 0.0))]
     whole = max(seconds, sum(phases.values()), 1e-9)
     return [Phase(name=name, time=format_seconds(value), share=value / whole) for name, value in parts if seconds]
 
@@ -195,7 +195,7 @@ def _comparisons(before: Mapping[str, float | None], after: Mapping[str, float |
         change = format_change(name, old, new)
         spread = before.get("eval/score_std")
         if name == "eval/score" and old is not None and new is not None and spread:
-            change += f" ({(new - old) / spread:+.1f} σ)".replace("-", "−")  # noqa: RUF001
+            change += f" ({(new - old) / spread:+.1f} \N{GREEK SMALL LETTER SIGMA})".replace("-", "\N{MINUS SIGN}")
         found.append(
             Comparison(
                 label=full_label(name),
@@ -209,21 +209,23 @@ def _comparisons(before: Mapping[str, float | None], after: Mapping[str, float |
 
 
 def _questions(directory: Path, stage: str) -> list[Question]:
-    """The last answers to the first prompts. What an older row has of a prompt and a newer one lacks is kept."""
-    merged: dict[str, dict[str, Any]] = {}
-    last_step: dict[str, int] = {}
-    for row in read_rows(directory / SAMPLES):
-        if row.get("stage") != stage or not isinstance(row.get("responses"), dict):
-            continue
-        prompt = str(row.get("prompt", ""))
-        merged.setdefault(prompt, {}).update(row["responses"])
-        last_step[prompt] = int(row.get("step") or 0)
-    newest = max(last_step.values(), default=0)
-    prompts = [prompt for prompt in merged if last_step[prompt] == newest][:_SAMPLE_COUNT]
-    return [
-        Question(prompt=prompt, answers=[_answer(model, answer) for model, answer in merged[prompt].items()])
-        for prompt in prompts
+    """The rows of the last step that has samples. A model that a row lacks is taken from an older row of the prompt."""
+    rows = [
+        row
+        for row in read_rows(directory / SAMPLES)
+        if row.get("stage") == stage and isinstance(row.get("responses"), dict)
     ]
+    newest = max((row.get("step") or 0 for row in rows), default=0)
+    older: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        if (row.get("step") or 0) < newest:
+            older.setdefault(str(row.get("prompt", "")), {}).update(row["responses"])
+    questions = []
+    for row in [row for row in rows if (row.get("step") or 0) == newest][:_SAMPLE_COUNT]:
+        prompt = str(row.get("prompt", ""))
+        answers = {**older.get(prompt, {}), **row["responses"]}
+        questions.append(Question(prompt=prompt, answers=[_answer(model, answer) for model, answer in answers.items()]))
+    return questions
 
 
 def _answer(model: str, answer: Mapping[str, Any]) -> Answer:
@@ -231,7 +233,7 @@ def _answer(model: str, answer: Mapping[str, Any]) -> Answer:
     return Answer(
         model=model,
         text=str(answer.get("text", "")),
-        score="" if score is None else f"{score:.2f}".replace("-", "−"),  # noqa: RUF001
+        score="" if score is None else f"{score:.2f}".replace("-", "\N{MINUS SIGN}"),
         tokens=answer.get("tokens"),
         ended=bool(answer.get("ended", True)),
     )

@@ -27,7 +27,7 @@ _LABELS = {
     "loss": Label(text="loss", unit="nats", better=Better.down),
     "perplexity": Label(text="perplexity", better=Better.down),
     "accuracy": Label(text="accuracy", better=Better.up, percent=True),
-    "margin": Label(text="margin, chosen − rejected", better=Better.up),  # noqa: RUF001
+    "margin": Label(text="margin, chosen \N{MINUS SIGN} rejected", better=Better.up),
     "score": Label(text="mean score", better=Better.up),
     "score_mean": Label(text="mean of the scores"),
     "score_std": Label(text="spread of the scores", unit="standard deviation"),
@@ -62,7 +62,7 @@ def full_label(name: str) -> str:
 def format_value(name: str, value: float | None) -> str:
     """The value as people read it, with about three significant digits; a dash if there is none."""
     if value is None:
-        return "–"
+        return "\N{EN DASH}"
     if label(name).percent:
         return f"{100 * value:.1f} %"
     return format_number(value)
@@ -81,7 +81,7 @@ def format_number(value: float) -> str:
         text = f"{value:.2f}"
     else:
         text = f"{value:.3g}"
-    return text.replace("-", "−", 1) if value < 0 else text
+    return text.replace("-", "\N{MINUS SIGN}", 1) if value < 0 else text
 
 
 def format_change(name: str, before: float | None, after: float | None) -> str:
@@ -106,4 +106,4 @@ def verdict(name: str, before: float | None, after: float | None) -> str:
 
 
 def _signed(text: str) -> str:
-    return text.replace("-", "−", 1)
+    return text.replace("-", "\N{MINUS SIGN}", 1)

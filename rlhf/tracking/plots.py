@@ -45,7 +45,9 @@ _PANELS: dict[str, list[Panel]] = {
     "rm": [
         Panel(title="Accuracy", training="train/accuracy", held_out="eval/accuracy", unit="% of pairs", chance=0.5),
         Panel(title="Loss", training="train/loss", held_out="eval/loss", unit="nats per pair"),
-        Panel(title="Margin", training="train/margin", held_out="eval/margin", unit="chosen − rejected score"),
+        Panel(
+            title="Margin", training="train/margin", held_out="eval/margin", unit="chosen \N{MINUS SIGN} rejected score"
+        ),
     ],
     "ppo": [
         Panel(title="Score", training="rollout/score", held_out="eval/score", unit="mean per response"),
@@ -140,13 +142,16 @@ def _draw(panels: Sequence[tuple[Panel, str, Sequence[Row]]], path: Path) -> Pat
         return None
     import matplotlib
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = len(panels) if len(panels) <= 3 else (2 if len(panels) == 4 else 3)
     lines = -(-len(panels) // columns)
-    style = {"font.size": 9.0, "font.family": "DejaVu Sans", "axes.unicode_minus": True}
-    with matplotlib.rc_context(style):
-        figure = Figure(figsize=(_WIDTH, _PANEL_HEIGHT * lines + 0.3), dpi=150, layout="constrained")
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)  # type: ignore[union-attr]
+    with matplotlib.rc_context({"font.size": 9.0, "font.family": "DejaVu Sans", "axes.unicode_minus": True}):
+        figure = Figure(
+            figsize=(_WIDTH, _PANEL_HEIGHT * lines + 0.3),
+            dpi=150,
+            layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1),
+        )
         for index, (panel, stage, rows) in enumerate(panels):
             _draw_panel(figure.add_subplot(lines, columns, index + 1), panel, stage, rows)
         _legend(figure, [panel for panel, _, _ in panels])

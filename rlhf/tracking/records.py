@@ -17,7 +17,7 @@ STAGES = ("sft", "rm", "ppo")
 
 
 Sample = Mapping[str, Any]
-"""{"prompt": str, "responses": {model or side: {"text": str, "score": float (optional), "tokens": int, "ended": bool}}}"""
+"""{"prompt": str, "responses": {model or side: {"text": str, "tokens": int, "ended": bool, "score": float if any}}}"""
 
 
 def finite(value: float) -> float | None:

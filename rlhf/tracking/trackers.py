@@ -84,7 +84,15 @@ class WandbTracker:
 
     def finish(self) -> None:
         """Close the run and wait until it is written."""
-        self._attempt(lambda: self._run.finish())
+
+        def close() -> None:
+            import wandb
+
+            self._run.finish()
+            # finish() returns before the last records are on disk; the end of wandb's own process is what says so.
+            wandb.teardown()
+
+        self._attempt(close)
         self._run = None
 
     def _attempt(self, action: Callable[[], None]) -> None:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
+import itertools
+
 from bigram import KneserNeyBigram
 
 VOCAB = 12
@@ -20,7 +22,7 @@ def sequences() -> list[list[int]]:
 
 def test_probabilities_follow_the_equation() -> None:
     model = KneserNeyBigram(sequences(), vocab_size=VOCAB)
-    counts = Counter(pair for sequence in sequences() for pair in zip(sequence, sequence[1:], strict=False))
+    counts = Counter(pair for sequence in sequences() for pair in itertools.pairwise(sequence))
     once, twice = (sum(count == n for count in counts.values()) for n in (1, 2))
     d = once / (once + 2 * twice)
     assert model.discount == d

@@ -85,7 +85,11 @@ def ppo_config(*, memory: MemoryConfig) -> Config:
     """Options for a rollout of eight prompts and two mini-batches."""
     return Config(
         stage=PPOConfig(
-            rollout_batch_size=8, mini_batch_size=4, micro_batch_size_per_gpu=2, optimizer=STEADY, critic_optimizer=STEADY
+            rollout_batch_size=8,
+            mini_batch_size=4,
+            micro_batch_size_per_gpu=2,
+            optimizer=STEADY,
+            critic_optimizer=STEADY,
         ),
         data=DataConfig(max_response_length=10),
         rollout=RolloutConfig(),
@@ -127,7 +131,9 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
         "training_after_rollout": float(engine.actor.module.training),
     }
     export_model(engine.actor, engine.actor_model, tokenizer, folder / "actor_out")
-    export_model(engine.reward, engine.reward_model.classifier, tokenizer, folder / "reward_out", prefix=ScalarModel.prefix)
+    export_model(
+        engine.reward, engine.reward_model.classifier, tokenizer, folder / "reward_out", prefix=ScalarModel.prefix
+    )
     with torch.no_grad():
         ours = response_logprobs(engine.actor, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
         facts["actor_moved"] = float((ours - experience.old_logprobs).abs().max())

@@ -10,11 +10,11 @@ from rlhf.tracking.labels import format_change, format_value, full_label, verdic
     [
         ("eval/perplexity", 4447.1, "4,447"),
         ("eval/perplexity", 60.64, "60.6"),
-        ("eval/score", -0.05, "−0.05"),
+        ("eval/score", -0.05, "\N{MINUS SIGN}0.05"),
         ("eval/score", 0.0, "0.00"),
-        ("eval/margin", -0.00312, "−0.00312"),
+        ("eval/margin", -0.00312, "\N{MINUS SIGN}0.00312"),
         ("eval/accuracy", 0.7123, "71.2 %"),
-        ("eval/accuracy", None, "–"),
+        ("eval/accuracy", None, "\N{EN DASH}"),
     ],
 )
 def test_values(name: str, value: float | None, text: str) -> None:
@@ -25,10 +25,10 @@ def test_values(name: str, value: float | None, text: str) -> None:
     ("name", "before", "after", "text"),
     [
         ("eval/accuracy", 0.497, 0.712, "+21.5 points"),
-        ("eval/eos_rate", 0.95, 0.9, "−5.0 points"),
+        ("eval/eos_rate", 0.95, 0.9, "\N{MINUS SIGN}5.0 points"),
         ("eval/perplexity", 4000.0, 50.0, "80 times lower"),
         ("train/grad_norm", 1.0, 20.0, "20 times higher"),
-        ("eval/loss", 8.4, 4.1, "−4.30"),
+        ("eval/loss", 8.4, 4.1, "\N{MINUS SIGN}4.30"),
         ("eval/kl_per_sequence", 0.0, 8.1, "+8.10"),
         ("eval/loss", None, 4.1, ""),
     ],

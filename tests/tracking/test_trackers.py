@@ -42,12 +42,12 @@ def test_offline_writes_a_run_with_metrics_and_samples(tmp_path: Path) -> None:
     tracker.samples(1, [SAMPLE])
     tracker.finish()
     tracker.metrics(2, {"train/loss": 0.5})  # after the end: silently nothing
+    assert progress(run_dir) == []
     (written,) = run_dir.glob("wandb/offline-run-*/run-*.wandb")
     content = written.read_bytes()
     assert b"train/loss" in content and b"film-reviews" in content and b"12321" in content
     (table,) = run_dir.glob("wandb/offline-run-*/files/media/table/*.json")
     assert "joyful ride" in table.read_text()
-    assert progress(run_dir) == []
 
 
 def test_without_a_key_it_says_so_and_goes_on(tmp_path: Path) -> None:

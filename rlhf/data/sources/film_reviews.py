@@ -153,7 +153,7 @@ def judge_texts(*, held_out: bool) -> tuple[list[str], list[int]]:
 
     A fifth of these reviews, picked by their order in a hash, is held out to test the judge on excerpts like those that
     the stages use. To fit it there are all sentences of the others, excerpts twice: more than excerpts alone, and
-    the judge is the better for it (0.71 of the held-out excerpts right instead of 0.68).
+    the judge is the better for it (0.70 of the held-out excerpts right instead of 0.68).
     """
     kept = {(review.text, review.positive): review for review in read_reviews() if is_for_judge(review)}
     ordered = sorted(kept.values(), key=lambda review: (_stable_hash(review.text), review.positive))

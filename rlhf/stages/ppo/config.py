@@ -8,7 +8,8 @@ from rlhf.config.schema import OptimizerConfig, Schedule, StageConfig
 
 
 def _constant_rate() -> OptimizerConfig:
-    return OptimizerConfig(schedule=Schedule.constant)
+    # The larger epsilon damps the first steps, when the second moments are still small (N+ implementation details).
+    return OptimizerConfig(schedule=Schedule.constant, eps=1e-5)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -27,10 +28,16 @@ class PPOConfig(StageConfig):
     ppo_epochs: int = option(1, "Passes over each rollout batch; it is shuffled for each of them.")
     kl_coef: float = option(0.05, "Weight of the per-token KL penalty (k1 estimator) in the reward.")
     kl_target: float | None = option(None, "KL per sequence that an adaptive kl_coef steers to; null keeps it fixed.")
-    kl_horizon: int = option(10000, "Sequences over which the adaptive kl_coef reacts (Ziegler et al. 2019, section 2.2).")
-    kl_budget: float = option(30.0, "KL per sequence, in nats, that the run is meant to stay under; beyond it there is a warning.")
+    kl_horizon: int = option(
+        10000, "Sequences over which the adaptive kl_coef reacts (Ziegler et al. 2019, section 2.2)."
+    )
+    kl_budget: float = option(
+        30.0, "KL per sequence, in nats, that the run is meant to stay under; beyond it there is a warning."
+    )
     clip_range: float = option(0.2, "The probability ratio is clipped to 1 ± clip_range.")
-    dual_clip: float | None = option(None, "Bound of the loss for negative advantages (Ye et al. 2020: 3); null for none.")
+    dual_clip: float | None = option(
+        None, "Bound of the loss for negative advantages (Ye et al. 2020: 3); null for none."
+    )
     value_clip_range: float = option(0.2, "Values are clipped to the old values ± value_clip_range.")
     gamma: float = option(1.0, "Discount per token.")
     gae_lambda: float = option(0.95, "Lambda of generalised advantage estimation (Schulman et al. 2016).")

@@ -53,7 +53,9 @@ class DeepSpeedRLHFEngine:
         self._roles = {role.name: role for role in args.stage.roles()}
         reward_directory = Path(critic_model_name_or_path)
         if not has_scalar_head(reward_directory):
-            raise ConfigError(f"{reward_directory} is not a reward model: train one with stage=rm and give its directory")
+            raise ConfigError(
+                f"{reward_directory} is not a reward model: train one with stage=rm and give its directory"
+            )
         self.actor_model, self.actor = self._causal("actor", actor_model_name_or_path)
         _, self.reference = self._causal("reference", actor_model_name_or_path)
         self.critic_model, self.critic = self._scalar("critic", critic_model_name_or_path)
@@ -90,9 +92,5 @@ class DeepSpeedRLHFEngine:
         return model, self._engine(model, model.classifier, role)
 
     def _engine(self, module: Any, model: PreTrainedModel, role: Role) -> Any:
-        enable_checkpointing(
-            model, enabled=self.args.memory.gradient_checkpointing and role.optimizer is not None
-        )
-        return build_engine(
-            module, role, memory=self.args.memory, ranks=world_size(), total_steps=self._total_steps
-        )
+        enable_checkpointing(model, enabled=self.args.memory.gradient_checkpointing and role.optimizer is not None)
+        return build_engine(module, role, memory=self.args.memory, ranks=world_size(), total_steps=self._total_steps)

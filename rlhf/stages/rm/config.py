@@ -13,7 +13,8 @@ class RMConfig(StageConfig):
 
     name: str = option("rm", "The stage: a folder of rlhf/stages.")
     sft_model: str | None = option(
-        None, "Directory of the model to start from; null starts from `reward_model` (a pipeline fills in its SFT model)."
+        None,
+        "Directory of the model to start from; null starts from `reward_model` (a pipeline fills in its SFT model).",
     )
     batch_size: int = option(64, "Pairs per optimizer step, over all ranks.")
     micro_batch_size_per_gpu: int = option(8, "Pairs per forward and backward pass on one rank.")

@@ -128,7 +128,9 @@ def evaluate(session: Session, engine: Any, *, vocab_limit: int, step: int) -> d
         values = session.reduced_metrics()
     values["eval/perplexity"] = math.exp(min(values["eval/loss"], 50.0))
     session.recorder.metrics(step, values)
-    session.recorder.line(f"step {step}: held-out loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}")
+    session.recorder.line(
+        f"step {step}: held-out loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
+    )
     return values
 
 

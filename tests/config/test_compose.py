@@ -1,0 +1,160 @@
+"""Every composition of the groups under conf/, and what is said about those that cannot be."""
+
+from dataclasses import fields, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from rlhf.config.errors import ConfigError
+from rlhf.config.explain import explain
+from rlhf.config.fields import undocumented
+from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig
+from rlhf.config.validate import find_problems
+from rlhf.launcher.hardware import Machine, resolve
+from rlhf.stages import from_composed, read_config, register_schemas, stage_config_class, stage_names, write_config
+
+CONF = Path(__file__).parents[2] / "conf"
+LAPTOP = Machine(cores=4, gpus=(), cpu_bf16=True, gpu_bf16=False)
+
+
+def composed(*overrides: str) -> Config:
+    """Compose conf/config.yaml as launch.py does."""
+    register_schemas()
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return from_composed(compose("config", overrides=list(overrides)))
+
+
+def options(group: str) -> list[str]:
+    """The options of a group."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+def message(*overrides: str) -> str:
+    """What is said about overrides that cannot be composed."""
+    with pytest.raises((ConfigError, HydraException, OmegaConfBaseException)) as raised:
+        composed(*overrides)
+    return explain(raised.value)
+
+
+@pytest.mark.parametrize("stage", stage_names())
+def test_every_composition_is_valid(stage: str, tmp_path: Path) -> None:
+    rows, weights = tmp_path / "rows.jsonl", tmp_path / "config.json"
+    rows.write_text("{}")
+    weights.write_text("{}")
+    for model, data, memory in product(options("model"), options("data"), options("memory")):
+        given = [f"stage={stage}", f"model={model}", f"data={data}", f"memory={memory}", "mode=plan"]
+        given += [f"model.path={tmp_path}"] if model == "hf" else []
+        given += [f"data.sources.main.path={rows}"] if data == "files" else []
+        config = resolve(composed(*given), LAPTOP)
+        problems = [p for p in find_problems(config, gpus=0) if "is not installed" not in p]
+        assert problems == [], given
+        assert (config.stage.name, config.model.name, config.data.name) == (stage, model, data)
+        assert type(config.stage) is stage_config_class(stage)
+        assert config.memory.zero_stage == int(memory[-1])
+        write_config(config, tmp_path / "written.yaml")
+        assert read_config(tmp_path / "written.yaml") == config
+
+
+@pytest.mark.parametrize("group", ["hardware", "rollout", "scorer", "tracking", "launcher"])
+def test_the_other_groups_compose(group: str) -> None:
+    for option in options(group):
+        assert composed(f"{group}={option}").seed == 1
+    assert composed("tracking=wandb").tracking.wandb is True
+
+
+def test_every_stage_folder_has_its_option() -> None:
+    assert options("stage") == stage_names()
+
+
+def test_tuned_values_follow_stage_and_model() -> None:
+    tiny, smol = composed("stage=sft"), composed("stage=sft", "model=smollm2-135m")
+    assert tiny.stage.optimizer.learning_rate > smol.stage.optimizer.learning_rate  # type: ignore[attr-defined]
+    pipeline = composed().stage
+    assert pipeline.sft == tiny.stage  # type: ignore[attr-defined]
+    assert pipeline.ppo == composed("stage=ppo").stage  # type: ignore[attr-defined]
+    assert composed("stage.ppo.kl_coef=0.5").stage.ppo.kl_coef == 0.5  # type: ignore[attr-defined]
+
+
+def test_the_reward_model_is_the_model_unless_another_is_chosen() -> None:
+    same = resolve(composed("model.scratch.num_layers=2"), LAPTOP)
+    assert same.reward_model == same.model
+    assert same.reward_model.scratch.num_layers == 2
+    other = resolve(composed("model@reward_model=smollm2-135m"), LAPTOP)
+    assert (other.model.name, other.reward_model.name) == ("tiny", "smollm2-135m")
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("stage=sfft", "stage=sfft: there is no such option; did you mean stage=sft?"),
+        ("stge=sft", "unknown key stge: did you mean stage?"),
+        ("stage.ppo.kl_coeff=1", "unknown key stage.ppo.kl_coeff: did you mean stage.ppo.kl_coef?"),
+        ("+stage.typo=1", "unknown key stage.typo: valid keys in stage are name, sft, rm, ppo"),
+        ("+sede=1", "unknown key sede: did you mean seed?"),
+        ("stage.ppo.kl_coef=much", "stage.ppo.kl_coef: Value 'much' of type 'str' could not be converted to Float"),
+        ("memory.precision=bf61", "expected one of [auto, bf16, fp16, fp32]"),
+        ("data.sources.one_liner.part=x", "did you mean data.sources.one_liners?"),
+        ("seed=${nothing}", "Interpolation key 'nothing' not found"),
+        ("stage.name=sftt", "stage.name=sftt: there is no such stage: did you mean sft?"),
+    ],
+)
+def test_what_cannot_be_composed_is_explained(override: str, expected: str) -> None:
+    said = message(override)
+    assert expected in said
+    assert "Traceback" not in said
+
+
+def test_a_written_configuration_with_an_unknown_key_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    write_config(composed("stage=sft"), path)
+    path.write_text(path.read_text().replace("batch_size: ", "batch_sise: ", 1))
+    with pytest.raises(ConfigError, match=r"unknown key stage.batch_sise: did you mean stage.batch_size"):
+        read_config(path)
+    path.write_text("- 1")
+    with pytest.raises(ConfigError, match="no mapping"):
+        read_config(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_config(tmp_path / "missing.yaml")
+
+
+def test_every_option_is_documented() -> None:
+    seen: list[type] = []
+
+    def visit(value: Any) -> None:
+        seen.append(type(value))
+        for entry in fields(value):
+            inner = getattr(value, entry.name)
+            if hasattr(inner, "__dataclass_fields__"):
+                visit(inner)
+
+    visit(Config())
+    for name in stage_names():
+        visit(stage_config_class(name)())
+    assert StageConfig in seen
+    assert {kind.__name__: undocumented(kind) for kind in seen if undocumented(kind)} == {}
+
+
+def test_everything_automatic_is_decided() -> None:
+    config = composed("data=files", "data.sources.main.path=rows.jsonl", "run_dir=r")
+    cpu = resolve(config, replace(LAPTOP, cpu_bf16=False, cores=1))
+    assert (cpu.hardware.accelerator, cpu.hardware.gpus_per_node, cpu.hardware.threads_per_rank) == (
+        Accelerator.cpu,
+        2,
+        1,
+    )
+    assert cpu.memory.precision is Precision.fp32
+    assert cpu.data.sources["main"].path == str(Path("rows.jsonl").absolute())
+    assert cpu.run_dir == str(Path("r").absolute())
+    gpu = resolve(config, Machine(cores=32, gpus=(2, 3), cpu_bf16=True, gpu_bf16=False))
+    assert (gpu.hardware.accelerator, gpu.hardware.gpus_per_node, gpu.hardware.threads_per_rank) == (
+        Accelerator.cuda,
+        2,
+        16,
+    )
+    assert gpu.memory.precision is Precision.fp16
+    assert gpu.reward_model != ModelConfig()

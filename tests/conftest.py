@@ -1,0 +1,27 @@
+"""Settings of all tests: one thread, a cache of their own, and annotations (tensor shapes too) checked at run time."""
+
+import os
+
+import jaxtyping
+import pytest
+
+# Ranks and workers that tests start inherit these.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# Before the first import of these modules, which are the ones that compute with tensors.
+CHECKED_MODULES = ["rlhf.batch", "rlhf.functional", "rlhf.rollout"]
+jaxtyping.install_import_hook(CHECKED_MODULES, "runtime_types.checked")
+
+import torch  # noqa: E402 - after the number of threads is set
+from hypothesis import settings  # noqa: E402
+
+torch.set_num_threads(1)
+settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=50)
+settings.load_profile("rlhf")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The cache of the whole test session; set RLHF_CACHE to keep one between sessions."""
+    return os.environ.setdefault("RLHF_CACHE", str(tmp_path_factory.mktemp("cache")))

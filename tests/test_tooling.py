@@ -1,0 +1,36 @@
+"""The checks that check everything else: annotations are enforced in tests, and long code is found."""
+
+from pathlib import Path
+
+import jaxtyping
+import pytest
+import torch
+from size_limits import MAX_FILE_LINES, MAX_FUNCTION_LINES, main
+
+from rlhf.batch import PromptBatch
+from rlhf.functional.masking import position_ids
+
+
+def test_shapes_and_formats_are_checked_at_run_time() -> None:
+    ids, mask = torch.zeros(2, 3, dtype=torch.long), torch.ones(2, 3, dtype=torch.bool)
+    assert len(PromptBatch(prompt_ids=ids, prompt_mask=mask)) == 2
+    with pytest.raises(jaxtyping.TypeCheckError):
+        PromptBatch(prompt_ids=ids, prompt_mask=mask[:, 1:])
+    with pytest.raises(jaxtyping.TypeCheckError):
+        position_ids(ids)
+
+
+def test_long_functions_and_files_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    body = "    pass\n"
+    fits = tmp_path / "fits.py"
+    fits.write_text("def fits():\n" + body * (MAX_FUNCTION_LINES - 1))
+    assert main([str(fits)]) == 0
+    long = tmp_path / "folder" / "long.py"
+    long.parent.mkdir()
+    long.write_text("\n" * 4 + "async def grows():\n" + body * MAX_FUNCTION_LINES)
+    capsys.readouterr()
+    assert main([str(tmp_path)]) == 1
+    assert capsys.readouterr().out == f"{long}:5: grows has {MAX_FUNCTION_LINES + 1} lines, at most 60: split it\n"
+    long.write_text("x = 1\n" * (MAX_FILE_LINES + 1))
+    assert main([str(tmp_path)]) == 1
+    assert f"{long}: {MAX_FILE_LINES + 1} lines" in capsys.readouterr().out
