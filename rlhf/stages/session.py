@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, ModelConfig
 from rlhf.data.prepare import PreparedData
 from rlhf.engine.build import DTYPES
 from rlhf.engine.distributed import (
@@ -41,7 +41,7 @@ class Session:
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase
     data: PreparedData
-    cache_dir: Path
+    base: str | None
     recorder: Recorder
     accumulator: MetricAccumulator
     _clock: dict[str, float] = field(default_factory=lambda: {"seconds": 0.0})
@@ -61,25 +61,15 @@ class Session:
     def _reduce(self, collective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return lambda values: collective(values.to(self.device)).cpu()
 
-    def base_model(self) -> str:
-        """What `from_pretrained` takes for the configured policy."""
-        return prepare_base_model(self.config.model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed)
-
-    def base_reward_model(self) -> str:
-        """What `from_pretrained` takes for the configured reward model."""
-        return prepare_base_model(
-            self.config.reward_model, self.tokenizer, cache_dir=self.cache_dir, seed=self.config.seed
-        )
-
     @property
     def pad_id(self) -> int:
         """Id of the padding token."""
-        return int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.pad_token_id)
 
     @property
     def eos_id(self) -> int:
         """Id of the token that ends a response."""
-        return int(self.tokenizer.eos_token_id)  # type: ignore[arg-type]
+        return int(self.tokenizer.eos_token_id)
 
     def finish(self, *, before: dict[str, float], after: dict[str, float]) -> None:
         """Write the stage's summary."""
@@ -94,13 +84,22 @@ class Session:
         self.recorder.close()
 
 
-def open_session(config: Config, run_dir: Path) -> Session:
-    """Join the process group, seed, and load tokenizer and data (which launch.py has prepared)."""
+def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> Session:
+    """Load tokenizer and data (which launch.py has prepared), join the process group, and seed.
+
+    `base` is the configured model that the stage starts from, or None if it starts from another stage's output;
+    `Session.base` is then what `from_pretrained` takes for it. New and packaged models are built here, before the ranks
+    join: in a process group transformers saves on rank 0 only, but each machine needs its own copy.
+    """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    prepared = preflight(config)
+    tokenizer = load_tokenizer(prepared.tokenizer_dir)
+    base_path = (
+        prepare_base_model(base, tokenizer, cache_dir=prepared.cache_dir, seed=config.seed) if base is not None else None
+    )
     device = initialize_distributed(timeout_minutes=config.launcher.timeout_minutes)
     seed_everything(config.seed)
-    prepared = preflight(config)
     is_main = rank() == 0
     trackers = start_trackers(
         config.tracking, run_dir=run_dir, stage=config.stage.name, config=asdict(config), is_main=is_main
@@ -112,9 +111,9 @@ def open_session(config: Config, run_dir: Path) -> Session:
         rank=rank(),
         ranks=world_size(),
         dtype=DTYPES[config.memory.precision],
-        tokenizer=load_tokenizer(prepared.tokenizer_dir),
+        tokenizer=tokenizer,
         data=prepared.data,
-        cache_dir=prepared.cache_dir,
+        base=base_path,
         recorder=Recorder(run_dir, stage=config.stage.name, is_main=is_main, trackers=trackers, total_steps=0),
         accumulator=MetricAccumulator(),
     )

@@ -1,4 +1,4 @@
-"""Run by the real DeepSpeed launcher, once per rank: trains miniature models in many ways and writes down what came out.
+"""Run by the real DeepSpeed launcher, once per rank: trains miniature models in many ways, writes down what came out.
 
 The tests read the numbers; starting processes takes longer than all of this together. Usage: worker.py FOLDER
 """
@@ -182,7 +182,7 @@ def main() -> None:
     plain = MemoryConfig(zero_stage=0, precision=Precision.fp32)
     facts: dict[str, Any] = {"padding_error": padding_error(folder)}
     largest_micro = 8 // world_size()
-    reference, grad_norm = updated_weights(folder, micro=largest_micro, memory=plain)
+    reference, _ = updated_weights(folder, micro=largest_micro, memory=plain)
     torch.save(reference, folder / f"weights-{world_size()}-{rank()}.pt")
     start = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).state_dict()
     facts["moved"] = largest_difference(reference, start)

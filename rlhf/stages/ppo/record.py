@@ -47,7 +47,7 @@ def warnings_of(values: dict[str, float], *, stage: PPOConfig) -> list[str]:
             f"KL per sequence {values['rollout/kl_per_sequence']:.1f} is over stage.kl_budget={stage.kl_budget:g}: "
             "raise stage.kl_coef or lower the learning rate"
         )
-    first_update = values["actor/first_ratio_error"] if "actor/first_ratio_error" in values else 0.0
+    first_update = values.get("actor/first_ratio_error", 0.0)
     if first_update > 0.05:
         found.append(
             f"the first update's probability ratio is off by {first_update:.3f} instead of 0: "

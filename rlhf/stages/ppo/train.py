@@ -20,13 +20,13 @@ from rlhf.stages.session import open_session
 
 def run(config: Config, run_dir: Path) -> None:
     """Optimise the policy against the reward model, evaluate it on held-out prompts, and export it."""
-    session = open_session(config, run_dir)
     stage = cast(PPOConfig, config.stage)
+    session = open_session(config, run_dir, base=None if stage.actor_model else config.model)
     if stage.reward_model is None:
         raise ConfigError("stage.reward_model is not set: give the directory of a model trained with stage=rm")
     updates = stage.ppo_epochs * (stage.rollout_batch_size // stage.mini_batch_size)
     engine = DeepSpeedRLHFEngine(
-        actor_model_name_or_path=stage.actor_model or session.base_model(),
+        actor_model_name_or_path=stage.actor_model or session.base or "",
         critic_model_name_or_path=stage.reward_model,
         tokenizer=session.tokenizer,
         num_total_iters=stage.iterations * updates,

@@ -94,7 +94,7 @@ class DeepSpeedPPOTrainer:
                 vocab_limit=engine.vocab_limit,
             )
         with phase("scoring"):
-            ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))  # type: ignore[arg-type]
+            ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
             scores = self.scorer(rollout, ended)
             old_logprobs = self._logprobs(engine.actor, rollout)
             ref_logprobs = self._logprobs(engine.reference, rollout)

@@ -26,8 +26,8 @@ from rlhf.stages.session import Session, count_steps, enable_checkpointing, open
 
 def run(config: Config, run_dir: Path) -> None:
     """Train on preference pairs, evaluate on held-out ones, and export the model with its score statistics."""
-    session = open_session(config, run_dir)
     stage = cast(RMConfig, config.stage)
+    session = open_session(config, run_dir, base=None if stage.sft_model else config.reward_model)
     loader = GlobalLoader(
         session.data.part("rm", held_out=False),
         batch_size=stage.batch_size,
@@ -44,7 +44,7 @@ def run(config: Config, run_dir: Path) -> None:
     (role,) = stage.roles()
     with partitioned_loading(role, memory=config.memory, ranks=session.ranks):
         model = load_scalar_model(
-            stage.sft_model or session.base_reward_model(),
+            stage.sft_model or session.base or "",
             session.tokenizer,
             dtype=session.dtype,
             attention=config.reward_model.attention,
@@ -56,8 +56,7 @@ def run(config: Config, run_dir: Path) -> None:
 
     before = latest = evaluate(session, engine, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
-        with session.recorder.phase("training"):
-            train_step(session, engine, batch, step=step)
+        train_step(session, engine, batch, step=step)
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, step=step)
 
@@ -94,7 +93,8 @@ def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: i
         return loss
 
     micro_batches = batch.split(stage.micro_batch_size_per_gpu)
-    result = optimizer_step(engine, micro_batches, loss_sum, num_targets=stage.batch_size)
+    with session.recorder.phase("training"):
+        result = optimizer_step(engine, micro_batches, loss_sum, num_targets=stage.batch_size)
     accumulator.add("train/loss", result.loss_sum, len(batch))
     accumulator.add("train/tokens", (batch.chosen_mask.sum() + batch.rejected_mask.sum()) * session.ranks, 1)
     values = session.reduced_metrics()

@@ -28,7 +28,7 @@ from rlhf.stages.sft.config import SFTConfig
 
 def run(config: Config, run_dir: Path) -> None:
     """Train on the demonstrations, evaluate on the held-out ones, and export the model."""
-    session = open_session(config, run_dir)
+    session = open_session(config, run_dir, base=config.model)
     stage = cast(SFTConfig, config.stage)
     collate = partial(collate_sft, pad_id=session.pad_id)
     loader = GlobalLoader(
@@ -47,7 +47,7 @@ def run(config: Config, run_dir: Path) -> None:
     (role,) = stage.roles()
     with partitioned_loading(role, memory=config.memory, ranks=session.ranks):
         model = load_causal_lm(
-            session.base_model(), session.tokenizer, dtype=session.dtype, attention=config.model.attention
+            session.base or "", session.tokenizer, dtype=session.dtype, attention=config.model.attention
         )
     enable_checkpointing(model, enabled=config.memory.gradient_checkpointing)
     engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
@@ -56,8 +56,7 @@ def run(config: Config, run_dir: Path) -> None:
 
     before = latest = evaluate(session, engine, vocab_limit=vocab_limit, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
-        with session.recorder.phase("training"):
-            train_step(session, engine, batch, vocab_limit=vocab_limit, step=step)
+        train_step(session, engine, batch, vocab_limit=vocab_limit, step=step)
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, vocab_limit=vocab_limit, step=step)
 
@@ -85,12 +84,13 @@ def train_step(session: Session, engine: Any, batch: SFTBatch, *, vocab_limit: i
     engine.train()
     batch = batch.to(session.device)
     stage = cast(SFTConfig, session.config.stage)
-    result = optimizer_step(
-        engine,
-        batch.split(stage.micro_batch_size_per_gpu),
-        lambda part: batch_loss(engine, part, vocab_limit=vocab_limit),
-        num_targets=global_count(session, [batch.loss_mask[:, 1:]]),
-    )
+    with session.recorder.phase("training"):
+        result = optimizer_step(
+            engine,
+            batch.split(stage.micro_batch_size_per_gpu),
+            lambda part: batch_loss(engine, part, vocab_limit=vocab_limit),
+            num_targets=global_count(session, [batch.loss_mask[:, 1:]]),
+        )
     session.accumulator.add("train/loss", result.loss_sum, batch.loss_mask[:, 1:].sum())
     session.accumulator.add("train/tokens", batch.attention_mask.sum() * session.ranks, 1)
     session.accumulator.add("train/padding_share", (~batch.attention_mask).sum(), batch.attention_mask.numel())
