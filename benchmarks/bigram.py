@@ -5,11 +5,15 @@ python benchmarks/bigram.py [OVERRIDE ...]        the overrides are those of lau
 
 import argparse
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 Ids = NDArray[np.int64]
 
@@ -75,7 +79,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="configuration overrides as for launch.py")
     overrides = parser.parse_args().overrides
     register_schemas()
-    with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "conf"), version_base="1.3"):
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         config = from_composed(compose("config", overrides=overrides))
     prepared = preflight(config)
     train, held_out = (prepared.data.part("sft", held_out=is_held_out) for is_held_out in (False, True))

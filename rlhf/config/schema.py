@@ -93,7 +93,7 @@ class StageConfig:
         return []
 
     def problems(self, prefix: str, ranks: int) -> list[str]:
-        """What is wrong with these options on so many ranks; `prefix` is where they stand, as "stage" or "stage.ppo"."""
+        """What is wrong with these options on so many ranks; `prefix` is where they stand: "stage", "stage.ppo"."""
         return []
 
 
@@ -214,7 +214,7 @@ class ScorerConfig:
 
     normalize: bool = option(True, "Subtract the reward model's stored mean and divide by its standard deviation.")
     clip: float | None = option(5.0, "Clip scores to [-clip, clip] after normalisation; null for no clipping.")
-    missing_eos_penalty: float = option(1.0, "Taken off the score of a response that does not end with EOS.")
+    missing_eos_penalty: float = option(2.0, "Taken off the score of a response that does not end with EOS.")
 
 
 @dataclass(kw_only=True, slots=True)

@@ -124,6 +124,16 @@ def load_scalar_model(
     return ScalarModel(model)
 
 
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability of a model to 0, also those that transformers keeps as plain numbers."""
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, value in vars(part).items():
+            if "drop" in name and isinstance(value, float):
+                setattr(part, name, 0.0)
+
+
 def has_scalar_head(directory: Path) -> bool:
     """Whether a model directory holds a trained sequence classifier."""
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)

@@ -96,7 +96,9 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
     prepared = preflight(config)
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
     base_path = (
-        prepare_base_model(base, tokenizer, cache_dir=prepared.cache_dir, seed=config.seed) if base is not None else None
+        prepare_base_model(base, tokenizer, cache_dir=prepared.cache_dir, seed=config.seed)
+        if base is not None
+        else None
     )
     device = initialize_distributed(timeout_minutes=config.launcher.timeout_minutes)
     seed_everything(config.seed)

@@ -11,7 +11,14 @@ from rlhf.config.roles import Role
 from rlhf.config.schema import Config
 from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
 from rlhf.engine.distributed import world_size
-from rlhf.models.load import ScalarModel, has_scalar_head, load_causal_lm, load_scalar_model, vocabulary_limit
+from rlhf.models.load import (
+    ScalarModel,
+    disable_dropout,
+    has_scalar_head,
+    load_causal_lm,
+    load_scalar_model,
+    vocabulary_limit,
+)
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.session import enable_checkpointing
 
@@ -71,9 +78,9 @@ class DeepSpeedRLHFEngine:
         return cast(PPOConfig, self.args.stage)
 
     def train(self) -> None:
-        """Put actor and critic into training mode, except for dropout: the ratio must be 1 on the first pass."""
-        self.actor.eval()
-        self.critic.eval()
+        """Put actor and critic into training mode. Their dropout is off: the ratio must be 1 on the first pass."""
+        self.actor.train()
+        self.critic.train()
 
     def _causal(self, name: str, directory: str) -> tuple[PreTrainedModel, Any]:
         role, memory = self._roles[name], self.args.memory
@@ -81,6 +88,7 @@ class DeepSpeedRLHFEngine:
             model = load_causal_lm(
                 directory, self.tokenizer, dtype=DTYPES[memory.precision], attention=self.args.model.attention
             )
+        disable_dropout(model)
         return model, self._engine(model, model, role)
 
     def _scalar(self, name: str, directory: str) -> tuple[ScalarModel, Any]:
@@ -89,6 +97,7 @@ class DeepSpeedRLHFEngine:
             model = load_scalar_model(
                 directory, self.tokenizer, dtype=DTYPES[memory.precision], attention=self.args.reward_model.attention
             )
+        disable_dropout(model)
         return model, self._engine(model, model.classifier, role)
 
     def _engine(self, module: Any, model: PreTrainedModel, role: Role) -> Any:

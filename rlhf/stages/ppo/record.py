@@ -21,8 +21,10 @@ def record_iteration(session: Session, trainer: DeepSpeedPPOTrainer, *, step: in
         "length": values["rollout/response_length"],
     }
     session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
-    for text in warnings_of(values, stage=stage):
-        session.recorder.line(f"warning: iteration {step}: {text}")
+    found = warnings_of(values, stage=stage)
+    for name in found.keys() - trainer.shown_warnings:
+        session.recorder.line(f"warning: iteration {step}: {found[name]}")
+    trainer.shown_warnings = set(found)  # One line when a condition begins, not one for every iteration that it lasts.
 
 
 def derived_metrics(values: dict[str, float]) -> dict[str, float]:
@@ -39,17 +41,17 @@ def derived_metrics(values: dict[str, float]) -> dict[str, float]:
     return values
 
 
-def warnings_of(values: dict[str, float], *, stage: PPOConfig) -> list[str]:
-    """What a user should know about an iteration."""
-    found = []
+def warnings_of(values: dict[str, float], *, stage: PPOConfig) -> dict[str, str]:
+    """What a user should know about an iteration, by the name of the condition."""
+    found = {}
     if values["rollout/kl_per_sequence"] > stage.kl_budget:
-        found.append(
+        found["kl_over_budget"] = (
             f"KL per sequence {values['rollout/kl_per_sequence']:.1f} is over stage.kl_budget={stage.kl_budget:g}: "
             "raise stage.kl_coef or lower the learning rate"
         )
     first_update = values.get("actor/first_ratio_error", 0.0)
     if first_update > 0.05:
-        found.append(
+        found["first_ratio"] = (
             f"the first update's probability ratio is off by {first_update:.3f} instead of 0: "
             "sampling and training do not compute the same numbers"
         )

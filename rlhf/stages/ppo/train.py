@@ -45,6 +45,8 @@ def run(config: Config, run_dir: Path) -> None:
         ranks=session.ranks,
         epochs=None,
     )
+    if config.rollout.top_p < 1.0 or config.rollout.top_k > 0:
+        session.recorder.line("warning: rollout.top_p and rollout.top_k cut the distribution and bias PPO's ratio")
     evaluator = Evaluator(session, trainer)
     seed_everything(config.seed + session.rank)
 

@@ -54,6 +54,7 @@ class DeepSpeedPPOTrainer:
         self.kl_coef = self.stage.kl_coef
         self.iteration = 0
         self._first_update = False
+        self.shown_warnings: set[str] = set()
         self.sampling = Sampling(
             temperature=self.args.rollout.temperature,
             top_p=self.args.rollout.top_p,
