@@ -1,12 +1,10 @@
 """From an engine to a Hugging Face model directory that plain transformers loads."""
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engine.distributed import barrier, rank
@@ -48,14 +46,3 @@ def export_model(
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
     barrier()
-
-
-def read_extra_config(directory: Path) -> dict[str, Any]:
-    """The entries of a model directory's config.json."""
-    entries: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    return entries
-
-
-def device_memory_gib(device: torch.device) -> float:
-    """Peak memory allocated on a CUDA device so far, in GiB; 0 on the CPU."""
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -56,8 +55,3 @@ def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list
         str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)).strip()
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu(), strict=True)
     ]
-
-
-def prompt_lengths(rollout: Rollout) -> Tensor:
-    """Tokens of each prompt."""
-    return torch.sum(rollout.prompt_mask, dim=1)
