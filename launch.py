@@ -96,9 +96,8 @@ def launch(config: Config) -> int:
         outcome = run_stages(runs, run_dir=run_dir, gpus=machine.gpus, stream=sys.stdout)
         if outcome.code:
             print(f"launch.py: {outcome.message}", file=sys.stderr, flush=True)
-            return outcome.code
-        conclude(runs, run_dir)
-    return 0
+        conclude(runs, run_dir, finished=not outcome.code)
+    return outcome.code
 
 
 def check(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
@@ -107,12 +106,15 @@ def check(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
     return check_run_dir(run_dir, config, resumable=len(runs) > 1, finished=complete)
 
 
-def conclude(runs: list[StageRun], run_dir: Path) -> None:
-    """Write the report and say where everything is."""
+def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
+    """Write the report, also of a run that failed, and say where everything is."""
     from rlhf.tracking.report import write_report
 
     _, report = write_report(run_dir)
-    print(f"model:  {runs[-1].directory / 'model'}\nreport: {report}")
+    print(f"report: {report}")
+    if not finished:
+        return
+    print(f"model:  {runs[-1].directory / 'model'}")
     if runs[-1].name != "rm":
         print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
 

@@ -3,8 +3,9 @@
 B sequences, P prompt positions (left-padded), R response positions (right-padded), T = P + R.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Self, TypeVar
+from typing import Any, Self
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,33 +14,48 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TensorBatch:
-    """Rows that can be sliced, indexed and moved together: every tensor field has the rows as its first dimension."""
+    """Rows that can be sliced, indexed and moved together.
+
+    Every tensor field has the rows as its first dimension; a tuple field has one entry per row, or none at all.
+    """
 
     def __len__(self) -> int:
         return len(getattr(self, fields(self)[0].name))
 
     def rows(self, index: slice | Tensor) -> Self:
         """The given rows of every field."""
-        return type(self)(**{entry.name: getattr(self, entry.name)[index] for entry in fields(self)})
+        return type(self)(**{entry.name: _rows_of(getattr(self, entry.name), index) for entry in fields(self)})
 
     def to(self, device: torch.device | str) -> Self:
         """The same batch on another device."""
-        return type(self)(**{entry.name: getattr(self, entry.name).to(device) for entry in fields(self)})
+        values = {entry.name: getattr(self, entry.name) for entry in fields(self)}
+        return type(self)(
+            **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
+        )
 
     def split(self, size: int) -> list[Self]:
         """Consecutive parts of `size` rows; the last one may be smaller."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
 
 
-BatchType = TypeVar("BatchType", bound=TensorBatch)
+def _rows_of(values: Any, index: slice | Tensor) -> Any:
+    if isinstance(values, Tensor) or isinstance(index, slice):
+        return values[index]
+    positions = index.nonzero().flatten() if index.dtype == torch.bool else index
+    return tuple(values[position] for position in positions.tolist()) if values else ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PromptBatch(TensorBatch):
-    """Prompts, left-padded to a common length."""
+    """Prompts, left-padded to a common length.
+
+    `records` says what each prompt is beside its ids: "messages" (its turns, {"role", "content"}) and "source". It is
+    needed where a prompt's text is, as by a reward model with another tokenizer, and may otherwise be left empty.
+    """
 
     prompt_ids: Int[Tensor, "B P"]
     prompt_mask: Bool[Tensor, "B P"]
+    records: tuple[Mapping[str, Any], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,11 +115,3 @@ class Experience(TensorBatch):
     def rollout(self) -> Rollout:
         """The sampled tokens alone."""
         return Rollout(sequence_ids=self.sequence_ids, prompt_mask=self.prompt_mask, response_mask=self.response_mask)
-
-
-def concatenate(batches: list[BatchType]) -> BatchType:
-    """Stack the rows of batches whose other dimensions are equal."""
-    first = batches[0]
-    return type(first)(
-        **{entry.name: torch.cat([getattr(batch, entry.name) for batch in batches]) for entry in fields(first)}
-    )

@@ -20,6 +20,15 @@ def test_shapes_and_formats_are_checked_at_run_time() -> None:
         position_ids(ids)
 
 
+def test_what_a_batch_carries_beside_tensors_goes_with_its_rows() -> None:
+    ids, mask = torch.arange(6).view(3, 2), torch.ones(3, 2, dtype=torch.bool)
+    batch = PromptBatch(prompt_ids=ids, prompt_mask=mask, records=tuple({"source": name} for name in "abc"))
+    assert [record["source"] for record in batch.rows(torch.tensor([2, 0])).records] == ["c", "a"]
+    assert [record["source"] for record in batch.rows(torch.tensor([False, True, True])).records] == ["b", "c"]
+    assert [len(part.records) for part in batch.split(2)] == [2, 1]
+    assert PromptBatch(prompt_ids=ids, prompt_mask=mask).rows(torch.tensor([0])).records == ()
+
+
 def test_long_functions_and_files_are_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     body = "    pass\n"
     fits = tmp_path / "fits.py"

@@ -29,7 +29,8 @@ def pad(
 def collate_prompts(rows: Sequence[Row], *, pad_id: int) -> PromptBatch:
     """Left-pad the prompts."""
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], pad_id=pad_id, left=True)
-    return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask)
+    records = tuple({"messages": row["messages"], "source": row["source"]} for row in rows)
+    return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask, records=records)
 
 
 def collate_sft(rows: Sequence[Row], *, pad_id: int) -> SFTBatch:

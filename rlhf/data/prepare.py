@@ -36,7 +36,8 @@ class PreparedData:
         """The rows of a part as a memory-mapped `datasets.Dataset`; raises DataError if there is none.
 
         Columns: prompt_ids, chosen_ids, rejected_ids (lists of int; rejected_ids is None without a rejected answer),
-        chosen_truncated, rejected_truncated, source, prompt_text, chosen_text, rejected_text.
+        chosen_truncated, rejected_truncated, source, prompt_text, messages (the prompt's turns, {"role", "content"}),
+        chosen_text, rejected_text.
         """
         from datasets import load_from_disk
 
@@ -90,7 +91,7 @@ def _fingerprint(data: DataConfig, tokenizer_dir: Path) -> str:
     limits = [data.max_prompt_length, data.max_response_length, data.on_long_prompt.name, data.sft_on_rejected]
     here = Path(__file__).parent
     code = [(here / name).read_text(encoding="utf-8") for name in ("prepare.py", "mix.py")]
-    return _hash(code, content_fingerprint(data), weights, limits, tokenizer_digest(tokenizer_dir))
+    return _hash(code, content_fingerprint(data), weights, limits, tokenizer_digest(load_tokenizer(tokenizer_dir)))
 
 
 def read_conversations(data: DataConfig, *, bad_rows: list[str]) -> Iterator[tuple[Part, Conversation]]:
@@ -157,6 +158,7 @@ class _Builder:
 
     def _row(self, part: Part, conversation: Conversation, prompt_ids: list[int], answers: dict[str, list[int]]) -> Row:
         row: Row = {"prompt_ids": prompt_ids, "source": conversation.source, "prompt_text": conversation.prompt_text}
+        row["messages"] = [asdict(message) for message in conversation.messages]
         limit = self.data.max_response_length
         for side, text in (("chosen", conversation.chosen), ("rejected", conversation.rejected)):
             stripped = None if text is None else text.strip()
@@ -246,7 +248,8 @@ def _features() -> Any:
     ids, text, flag = List(Value("int32")), Value("string"), Value("bool")
     answer = {"ids": ids, "text": text, "truncated": flag}
     sides = {f"{side}_{key}": kind for side in ("chosen", "rejected") for key, kind in answer.items()}
-    return Features({"prompt_ids": ids, **sides, "source": text, "prompt_text": text})
+    messages = List({"role": text, "content": text})
+    return Features({"prompt_ids": ids, **sides, "source": text, "prompt_text": text, "messages": messages})
 
 
 def _write_rows(rows: list[Row], directory: Path) -> None:

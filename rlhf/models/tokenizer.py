@@ -207,9 +207,8 @@ def _build(model: ModelConfig, *, texts: Callable[[], Iterator[str]], target: Pa
     return _save(tokenizer, target)
 
 
-def tokenizer_digest(directory: Path) -> str:
+def tokenizer_digest(tokenizer: Any) -> str:
     """Hash of what decides the token ids: vocabulary and rules, special tokens, template; not of their files."""
-    tokenizer = load_tokenizer(directory)
     rules: object = sorted(tokenizer.get_vocab().items())
     if tokenizer.is_fast:
         stored = json.loads(tokenizer.backend_tokenizer.to_str())

@@ -22,7 +22,7 @@ from rlhf.engine.distributed import (
     world_size,
 )
 from rlhf.models.prepare import prepare_base_model
-from rlhf.models.tokenizer import load_tokenizer
+from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
 from rlhf.stages.preflight import preflight
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
@@ -31,7 +31,7 @@ from rlhf.tracking.trackers import start_trackers
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Session:
-    """One rank's part of a stage's run."""
+    """One rank's part of a stage's run. `reward_tokenizer` is the reward model's where it is another one."""
 
     config: Config
     run_dir: Path
@@ -40,6 +40,7 @@ class Session:
     ranks: int
     dtype: torch.dtype
     tokenizer: PreTrainedTokenizerBase
+    reward_tokenizer: PreTrainedTokenizerBase | None
     data: PreparedData
     base: str | None
     recorder: Recorder
@@ -94,7 +95,9 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     prepared = preflight(config)
-    tokenizer = load_tokenizer(prepared.tokenizer_dir)
+    tokenizer, reward_tokenizer = (
+        load_tokenizer(directory) for directory in (prepared.tokenizer_dir, prepared.reward_tokenizer_dir)
+    )
     base_path = (
         prepare_base_model(base, tokenizer, cache_dir=prepared.cache_dir, seed=config.seed)
         if base is not None
@@ -114,6 +117,9 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
         ranks=world_size(),
         dtype=DTYPES[config.memory.precision],
         tokenizer=tokenizer,
+        reward_tokenizer=None
+        if tokenizer_digest(reward_tokenizer) == tokenizer_digest(tokenizer)
+        else reward_tokenizer,
         data=prepared.data,
         base=base_path,
         recorder=Recorder(run_dir, stage=config.stage.name, is_main=is_main, trackers=trackers, total_steps=0),

@@ -17,8 +17,8 @@ from rlhf.data.loader import GlobalLoader, eval_batches
 
 PAD = 0
 ROWS = [
-    {"prompt_ids": [5, PAD], "chosen_ids": [7, PAD, 9], "rejected_ids": [8]},
-    {"prompt_ids": [6], "chosen_ids": [9], "rejected_ids": [7, 7, 7, 9]},
+    {"prompt_ids": [5, PAD], "chosen_ids": [7, PAD, 9], "rejected_ids": [8], "messages": [], "source": "a"},
+    {"prompt_ids": [6], "chosen_ids": [9], "rejected_ids": [7, 7, 7, 9], "messages": [], "source": "b"},
 ]
 
 
@@ -46,6 +46,7 @@ def test_prompts_are_padded_on_the_left_and_masked_by_length() -> None:
     batch = collate_prompts(ROWS, pad_id=PAD)
     assert batch.prompt_ids.tolist() == [[5, PAD], [PAD, 6]]
     assert batch.prompt_mask.tolist() == [[True, True], [False, True]]
+    assert [record["source"] for record in batch.records] == ["a", "b"]
 
 
 def test_sft_targets_are_the_answer_with_eos() -> None:

@@ -47,6 +47,23 @@ def make_models(folder: Path) -> None:
     reward.save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
+    make_other_reward_model(folder / "other_reward", words, sizes)
+
+
+def make_other_reward_model(folder: Path, words: list[str], sizes: dict[str, Any]) -> None:
+    """A reward model whose tokenizer has the same words under other ids, and another chat template."""
+    shuffled = [*words[:4], *reversed(words[4:])]
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(shuffled)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ ' <|assistant|> ' }}{% endif %}"
+    )
+    OPTForSequenceClassification(OPTConfig(num_labels=1, **sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 def launch(folder: Path, *, ranks: int) -> dict[str, Any]:

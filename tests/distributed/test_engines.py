@@ -51,3 +51,10 @@ def test_exported_models_equal_the_trained_ones(two_ranks: dict[str, Any], stage
     facts = two_ranks[f"ppo_zero{stage}_{precision}"]
     assert facts["actor_export_error"] <= TOLERANCE[precision]
     assert facts["reward_export_error"] <= 2 * TOLERANCE[precision]
+
+
+def test_a_reward_model_with_another_tokenizer_scores_the_text(two_ranks: dict[str, Any]) -> None:
+    facts = two_ranks["retokenised"]
+    assert facts["score_error"] < 1e-5
+    assert facts["spread"] > 1e-3  # or a constant would pass
+    assert facts["ratio_error"] <= 1e-5

@@ -152,6 +152,47 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
     return facts
 
 
+def retokenised_facts(folder: Path) -> dict[str, float]:
+    """PPO with a reward model of another tokenizer: its scores against a plain classifier's of the same text."""
+    tokenizer, reward_tokenizer = load_tokenizer(folder / "policy"), load_tokenizer(folder / "other_reward")
+    config = ppo_config(memory=MemoryConfig(zero_stage=3, precision=Precision.fp32))
+    engine = DeepSpeedRLHFEngine(
+        actor_model_name_or_path=str(folder / "policy"),
+        critic_model_name_or_path=str(folder / "other_reward"),
+        tokenizer=tokenizer,
+        reward_tokenizer=reward_tokenizer,
+        num_total_iters=4,
+        args=config,
+    )
+    trainer = DeepSpeedPPOTrainer(engine=engine, args=config)
+    seed_everything(11 + rank())
+    prompts = prompts_for(tokenizer)
+    texts = [tokenizer.decode(ids[mask]) for ids, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)]
+    records = tuple({"messages": [{"role": "user", "content": text}], "source": "test"} for text in texts)
+    prompts = replace(prompts, records=records)
+    experience = trainer.generate_experience(prompts)
+    trainer.train_rlhf(experience)
+    scores = trainer.scorer.raw(prompts, experience.rollout)
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder / "other_reward", dtype=torch.float32)
+    errors = []
+    for text, ids, mask, score in zip(
+        texts, experience.rollout.response_ids, experience.response_mask, scores, strict=True
+    ):
+        real = ids[mask]
+        ended = bool(real[-1] == tokenizer.eos_token_id)
+        answer = tokenizer.decode(real, skip_special_tokens=True).strip()
+        whole = f"<|user|> {text} <|assistant|> {answer}{' </s>' if ended else ''}"
+        with torch.no_grad():
+            plain = classifier.eval()(torch.tensor([reward_tokenizer(whole)["input_ids"]])).logits[0, 0]
+        errors.append(float((plain - score).abs()))
+    metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
+    return {
+        "score_error": max(errors),
+        "spread": float(scores.std()),
+        "ratio_error": metrics["actor/first_ratio_error"],
+    }
+
+
 def padding_error(folder: Path) -> float:
     """Largest difference of logits between sequences padded on the left and the same ones alone."""
     tokenizer = load_tokenizer(folder / "policy")
@@ -197,6 +238,7 @@ def main() -> None:
         for stage in (0, 1, 2, 3):
             memory = MemoryConfig(zero_stage=stage, precision=precision)
             facts[f"ppo_zero{stage}_{precision.name}"] = ppo_facts(folder, memory)
+    facts["retokenised"] = retokenised_facts(folder)
     if rank() == 0:
         (folder / f"facts-{world_size()}.json").write_text(json.dumps(facts, indent=1))
     shut_down()

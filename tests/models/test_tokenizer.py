@@ -45,6 +45,10 @@ def prepare(model: ModelConfig, cache_dir: Path, *, texts: Callable[[], Iterator
     return prepare_tokenizer(model, texts=texts or (lambda: iter(TEXTS)), fingerprint="f", cache_dir=cache_dir)
 
 
+def digest(directory: Path) -> str:
+    return tokenizer_digest(load_tokenizer(directory))
+
+
 @pytest.fixture(scope="module")
 def tiny_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return prepare(scratch(), tmp_path_factory.mktemp("cache"))
@@ -102,13 +106,13 @@ def test_the_cache_is_found_again_and_keyed_by_what_matters(tmp_path: Path) -> N
 
 
 def test_training_and_saving_again_change_no_id(tiny: Any, tiny_directory: Path, tmp_path: Path) -> None:
-    assert tokenizer_digest(prepare(scratch(), tmp_path)) == tokenizer_digest(tiny_directory)
+    assert digest(prepare(scratch(), tmp_path)) == digest(tiny_directory)
     encode_response(tiny, "used before it is saved")
     tiny.save_pretrained(str(tmp_path / "again"))
-    assert tokenizer_digest(tmp_path / "again") == tokenizer_digest(tiny_directory)
+    assert digest(tmp_path / "again") == digest(tiny_directory)
     tiny.chat_template = DEFAULT_TEMPLATE
     tiny.save_pretrained(str(tmp_path / "changed"))
-    assert tokenizer_digest(tmp_path / "changed") != tokenizer_digest(tiny_directory)
+    assert digest(tmp_path / "changed") != digest(tiny_directory)
 
 
 def test_a_vocabulary_below_the_bytes_is_refused(tmp_path: Path) -> None:
@@ -207,4 +211,4 @@ def test_smollm2_keeps_its_template_and_gets_a_pad_of_its_own(tmp_path: Path) ->
     plain = AutoTokenizer.from_pretrained(str(directory))
     assert plain("A naïve film, it's 10/10!")["input_ids"] == tokenizer("A naïve film, it's 10/10!")["input_ids"]
     tokenizer.save_pretrained(str(tmp_path / "again"))
-    assert tokenizer_digest(tmp_path / "again") == tokenizer_digest(directory)
+    assert digest(tmp_path / "again") == digest(directory)

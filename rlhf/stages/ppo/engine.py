@@ -11,6 +11,7 @@ from rlhf.config.roles import Role
 from rlhf.config.schema import Config
 from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
 from rlhf.engine.distributed import world_size
+from rlhf.engine.heads import new_head
 from rlhf.models.load import (
     ScalarModel,
     disable_dropout,
@@ -32,7 +33,9 @@ class DeepSpeedRLHFEngine:
     Args:
         actor_model_name_or_path: directory (or hub name) of the fine-tuned causal language model.
         critic_model_name_or_path: directory of the trained reward model.
-        tokenizer: the tokenizer of both.
+        tokenizer: the actor's tokenizer, and the reward model's if `reward_tokenizer` is not given.
+        reward_tokenizer: the reward model's tokenizer where it is another one. Answers are then scored by their text,
+            and the critic, which values the actor's tokens, starts from the fine-tuned model with a new head.
         num_total_iters: optimizer steps of actor and critic: the length of their learning-rate schedules.
         args: the run's configuration; its stage is a `PPOConfig`. `memory.precision` must be resolved.
 
@@ -53,9 +56,10 @@ class DeepSpeedRLHFEngine:
         tokenizer: PreTrainedTokenizerBase,
         num_total_iters: int,
         args: Config,
+        reward_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.args = args
-        self.tokenizer = tokenizer
+        self.tokenizer, self.reward_tokenizer = tokenizer, reward_tokenizer
         self._total_steps = num_total_iters
         self._roles = {role.name: role for role in args.stage.roles()}
         reward_directory = Path(critic_model_name_or_path)
@@ -65,8 +69,11 @@ class DeepSpeedRLHFEngine:
             )
         self.actor_model, self.actor = self._causal("actor", actor_model_name_or_path)
         _, self.reference = self._causal("reference", actor_model_name_or_path)
-        self.critic_model, self.critic = self._scalar("critic", critic_model_name_or_path)
-        self.reward_model, self.reward = self._scalar("reward_model", critic_model_name_or_path)
+        critic_start = critic_model_name_or_path if reward_tokenizer is None else actor_model_name_or_path
+        self.critic_model, self.critic = self._scalar("critic", critic_start, tokenizer)
+        self.reward_model, self.reward = self._scalar(
+            "reward_model", critic_model_name_or_path, reward_tokenizer or tokenizer
+        )
         self.vocab_limit = vocabulary_limit(self.actor_model, tokenizer)
         statistics = json.loads((reward_directory / "config.json").read_text(encoding="utf-8"))
         self.score_mean = float(statistics.setdefault("score_mean", 0.0))
@@ -91,12 +98,14 @@ class DeepSpeedRLHFEngine:
         disable_dropout(model)
         return model, self._engine(model, model, role)
 
-    def _scalar(self, name: str, directory: str) -> tuple[ScalarModel, Any]:
+    def _scalar(self, name: str, directory: str, tokenizer: PreTrainedTokenizerBase) -> tuple[ScalarModel, Any]:
         role, memory = self._roles[name], self.args.memory
         with partitioned_loading(role, memory=memory, ranks=world_size()):
             model = load_scalar_model(
-                directory, self.tokenizer, dtype=DTYPES[memory.precision], attention=self.args.reward_model.attention
+                directory, tokenizer, dtype=DTYPES[memory.precision], attention=self.args.reward_model.attention
             )
+        if not has_scalar_head(Path(directory)):
+            new_head(model, seed=self.args.seed)
         disable_dropout(model)
         return model, self._engine(model, model.classifier, role)
 

@@ -101,7 +101,7 @@ class Evaluator:
         )
         columns = {
             "text": response_texts(rollout, engine.tokenizer),
-            "score": ((trainer.scorer.raw(rollout) - engine.score_mean) / engine.score_std).tolist(),
+            "score": ((trainer.scorer.raw(prompts, rollout) - engine.score_mean) / engine.score_std).tolist(),
             "kl": per_sequence_kl(logprobs, reference, rollout.response_mask).tolist(),
             "tokens": rollout.response_mask.sum(dim=1).tolist(),
             "ended": ended.tolist(),

@@ -31,6 +31,7 @@ def run(config: Config, run_dir: Path) -> None:
         tokenizer=session.tokenizer,
         num_total_iters=stage.iterations * updates,
         args=config,
+        reward_tokenizer=session.reward_tokenizer,
     )
     session.recorder.total_steps = stage.iterations
     trainer = DeepSpeedPPOTrainer(
@@ -47,6 +48,11 @@ def run(config: Config, run_dir: Path) -> None:
     )
     if config.rollout.top_p < 1.0 or config.rollout.top_k > 0:
         session.recorder.line("warning: rollout.top_p and rollout.top_k cut the distribution and bias PPO's ratio")
+    if session.reward_tokenizer is not None:
+        session.recorder.line(
+            "the reward model has another tokenizer: answers are scored by their text, and the critic starts from "
+            "the actor's model with a new head"
+        )
     evaluator = Evaluator(session, trainer)
     seed_everything(config.seed + session.rank)
 

@@ -69,6 +69,8 @@ class DeepSpeedPPOTrainer:
             clip=self.args.scorer.clip,
             missing_eos_penalty=self.args.scorer.missing_eos_penalty,
             micro_batch_size=self.stage.micro_batch_size_per_gpu,
+            tokenizer=engine.tokenizer,
+            reward_tokenizer=engine.reward_tokenizer,
         )
         # Its own generator: the order of the updates does not depend on how much was sampled.
         self._shuffle = torch.Generator().manual_seed(self.args.seed * 1000 + rank())
@@ -96,7 +98,7 @@ class DeepSpeedPPOTrainer:
             )
         with phase("scoring"):
             ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
-            scores = self.scorer(rollout, ended)
+            scores = self.scorer(prompts, rollout, ended)
             old_logprobs = self._logprobs(engine.actor, rollout)
             ref_logprobs = self._logprobs(engine.reference, rollout)
             old_values = self._in_micro_batches(lambda part: response_values(engine.critic, part), rollout)
