@@ -1,4 +1,4 @@
-"""Compose a configuration, check it, and start its stages: `python launch.py [group=option …] [key=value …]`.
+"""Compose a configuration, check it, and plan or start its stages: `python launch.py [group=option …] [key=value …]`.
 
 Exit codes: 0 done, 1 a stage failed, 2 something for the user to mend (nothing was started), 128 + n interrupted by
 signal n.
@@ -19,30 +19,38 @@ from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.explain import explain
-from rlhf.config.files import write_config
-from rlhf.config.schema import Config, Mode
-from rlhf.config.validate import validate
-from rlhf.launcher.hardware import detect, resolve
-from rlhf.launcher.pipeline import StageRun, run_stages
-from rlhf.launcher.plan import plan_text
-from rlhf.launcher.rundir import CONFIG, check_run_dir, claimed, with_run_dir
+from rlhf.config.origins import value_origins
+from rlhf.launcher.sweep import JobResult, clear_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
-from rlhf.stages.pipeline.steps import stage_runs
+from rlhf.stages.start import Started, start
 
+CONF = Path(__file__).resolve().parent / "conf"
 USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     codes: list[int] = []
+    sweeps: list[Path] = []
 
-    @hydra.main(version_base="1.3", config_path=str(Path(__file__).resolve().parent / "conf"), config_name="config")
-    def job(composed: Any) -> None:
-        if HydraConfig.get().mode is RunMode.MULTIRUN:
-            print(f"\n== {' '.join(HydraConfig.get().overrides.task)}", flush=True)
-        codes.append(reported(composed))
-        if codes[-1] > 128:
-            sys.exit(codes[-1])  # An interruption ends a sweep, too.
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+    def job(composed: Any) -> float:
+        hydra_config = HydraConfig.get()
+        if hydra_config.mode is not RunMode.MULTIRUN:
+            started = reported(composed, in_sweep=False)
+            codes.append(started.code)
+            return _returned(started)
+        directory = sweep_directory(sys.argv[1:], name=hydra_config.runtime.choices.get("sweep"))
+        if not sweeps:
+            sweeps.append(directory)
+            clear_results(directory)
+        print(f"\n== {' '.join(hydra_config.overrides.task)}", flush=True)
+        started = reported(composed, in_sweep=True)
+        codes.append(started.code)
+        write_result(directory, job_result(started, hydra_config, composed))
+        if started.code > 128:
+            sys.exit(started.code)  # An interruption ends a sweep, too.
+        return _returned(started)
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     scratch = Path(tempfile.gettempdir(), f"rlhf-sweep-{os.getpid()}")
@@ -57,7 +65,14 @@ def main() -> int:
         return complain(explain(error))
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+        if sweeps:
+            summarize(sweeps[0])
     return next((code for code in codes if code), 0)
+
+
+def _returned(started: Started) -> float:
+    """What an optimizing sweeper sees: a job without an objective counts as failed."""
+    return float("nan") if started.objective is None else started.objective
 
 
 def complain(message: str) -> int:
@@ -66,57 +81,36 @@ def complain(message: str) -> int:
     return 2
 
 
-def reported(composed: Any) -> int:
-    """Launch a composed configuration; what the user can mend becomes one message."""
+def reported(composed: Any, *, in_sweep: bool) -> Started:
+    """Start a composed configuration; what the user can mend becomes one message."""
     try:
-        return launch(from_composed(composed))
+        return start(from_composed(composed), value_origins(CONF), in_sweep=in_sweep)
     except USER_ERRORS as error:
-        return complain(explain(error))
+        message = explain(error)
+        return Started(code=complain(message), message=message.split("\n")[0], figures={})
 
 
-def launch(config: Config) -> int:
-    """Resolve, validate, and plan or run a configuration; return the exit code."""
-    machine = detect()
-    config = with_run_dir(resolve(config, machine))
-    validate(config, gpus=len(machine.gpus))
-    assert config.run_dir is not None
-    run_dir = Path(config.run_dir)
-    runs = stage_runs(config, run_dir)
-    if config.mode is Mode.plan:
-        print(plan_text(config, runs, run_dir=run_dir, gpus=machine.gpus))
-        return 0
-    check(config, runs, run_dir)
-    from rlhf.stages.preflight import preflight
-
-    preflight(config)
-    with claimed(run_dir):
-        if check(config, runs, run_dir):
-            print(f"going on with {run_dir}", flush=True)
-        write_config(config, run_dir / CONFIG)
-        outcome = run_stages(runs, run_dir=run_dir, gpus=machine.gpus, stream=sys.stdout)
-        if outcome.code:
-            print(f"launch.py: {outcome.message}", file=sys.stderr, flush=True)
-        conclude(runs, run_dir, finished=not outcome.code)
-    return outcome.code
+def job_result(started: Started, hydra_config: Any, composed: Any) -> JobResult:
+    """What a sweep's summary says of a job."""
+    pairs = [override.split("=", 1) for override in hydra_config.overrides.task]
+    given = {key.lstrip("+~"): value for key, value in (pair for pair in pairs if len(pair) == 2)}
+    return JobResult(
+        number=int(hydra_config.job.num),
+        overrides={key: value for key, value in given.items() if key not in ("mode", "sweep")},
+        code=started.code,
+        run_dir=started.run_dir,
+        message=started.message,
+        metric=composed.stage.objective if str(composed.mode).endswith("run") else "",
+        objective=started.objective,
+        figures=dict(started.figures),
+    )
 
 
-def check(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
-    """Whether an unfinished run in the directory goes on; raises ConfigError if the directory cannot be used."""
-    complete = all(run.is_finished for run in runs) and (run_dir / "report.html").is_file()
-    return check_run_dir(run_dir, config, resumable=len(runs) > 1, finished=complete)
+def summarize(directory: Path) -> None:
+    """Print a sweep's table and write it as CSV and as a picture."""
+    from rlhf.stages.summary import summarize_sweep
 
-
-def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
-    """Write the report, also of a run that failed, and say where everything is."""
-    from rlhf.tracking.report import write_report
-
-    _, report = write_report(run_dir)
-    print(f"report: {report}")
-    if not finished:
-        return
-    print(f"model:  {runs[-1].directory / 'model'}")
-    if runs[-1].name != "rm":
-        print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
+    print(summarize_sweep(directory), flush=True)
 
 
 if __name__ == "__main__":

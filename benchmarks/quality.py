@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 def run_seed(seed: int, overrides: list[str], folder: Path) -> Path:
     """Train with one seed unless that is done already; return the run directory."""
     run_dir = folder / f"seed{seed}"
-    if not (run_dir / "report.html").is_file():
+    if not (run_dir / "ppo" / "summary.json").is_file():
         started = time.time()
         command = [sys.executable, str(ROOT / "launch.py"), f"seed={seed}", f"run_dir={run_dir}", *overrides]
         subprocess.run(command, check=True, cwd=ROOT)

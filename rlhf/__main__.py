@@ -9,7 +9,16 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import MutableMapping
 from pathlib import Path
+
+_RANK_NAMES = {
+    "RANK": ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID"),
+    "LOCAL_RANK": ("OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID", "PALS_LOCAL_RANKID", "SLURM_LOCALID"),
+    "WORLD_SIZE": ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS"),
+}
+# srun is given this file's path: the package's modules must not be found as top-level ones.
+sys.path[:] = [entry for entry in sys.path if entry != os.path.dirname(os.path.abspath(__file__))]
 
 
 def main() -> int:
@@ -18,6 +27,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="config.yaml of a stage's run directory")
     path: Path = parser.parse_args().config
     run_dir = path.resolve().parent
+    adopt_rank(os.environ)
     rank = int(os.environ.get("RANK", "0"))
     redirect_output(run_dir / "logs" / f"rank{rank}.log")
     try:
@@ -34,12 +44,20 @@ def main() -> int:
     return 0
 
 
+def adopt_rank(environment: MutableMapping[str, str]) -> None:
+    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun has started this process and says them otherwise."""
+    for name, others in _RANK_NAMES.items():
+        found = next((environment[other] for other in others if other in environment), None)
+        if name not in environment and found is not None:
+            environment[name] = found
+
+
 def run_stage(path: Path, run_dir: Path) -> None:
     """Read the configuration, import the stage's loop and run it."""
     silence_warnings()
     from rlhf.launcher.watchdog import start_watchdog
 
-    start_watchdog()
+    start_watchdog(run_dir)
     import torch
 
     from rlhf.stages import read_config

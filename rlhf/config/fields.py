@@ -1,13 +1,18 @@
-"""How a configuration field is declared: one call gives its default and its documentation."""
+"""How a configuration field is declared: one call gives its default, its documentation and its bounds."""
 
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
 
-def option(default: Any, doc: str) -> Any:
-    """Declare a field with a plain default value and its documentation."""
-    return field(default=default, metadata={"doc": doc})
+def option(
+    default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
+) -> Any:
+    """Declare a field with a plain default value, its documentation, and the numbers that it may be.
+
+    `minimum` and `maximum` may be reached, `above` may not.
+    """
+    return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above, "maximum": maximum})
 
 
 def option_factory(factory: Callable[[], Any], doc: str) -> Any:
@@ -18,6 +23,32 @@ def option_factory(factory: Callable[[], Any], doc: str) -> Any:
 def field_doc(declared: "Field[Any]") -> str:
     """Return the documentation that a field was declared with ("" if none)."""
     return str(declared.metadata.get("doc", ""))
+
+
+def bounds(declared: "Field[Any]") -> str:
+    """The numbers that a field may be, in words ("" if any)."""
+    minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
+    words = []
+    if minimum is not None:
+        words.append(f"at least {minimum:g}")
+    if above is not None:
+        words.append(f"above {above:g}")
+    if maximum is not None:
+        words.append(f"at most {maximum:g}")
+    return " and ".join(words)
+
+
+def out_of_bounds(declared: "Field[Any]", value: Any) -> bool:
+    """Whether a number is not what its field may be; null and what is no number are."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
+    inside = (
+        (minimum is None or value >= minimum)
+        and (above is None or value > above)
+        and (maximum is None or value <= maximum)
+    )
+    return not inside
 
 
 def undocumented(config_class: type) -> list[str]:

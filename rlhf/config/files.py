@@ -1,5 +1,7 @@
 """Configurations as YAML and as typed objects."""
 
+import os
+import platform
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -33,7 +35,7 @@ def to_yaml(config: Config) -> str:
 def write_config(config: Config, path: Path) -> None:
     """Write a configuration as YAML; the file appears complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
     temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(path)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlhf.config.schema import OptimizerConfig
+from rlhf.config.schema import Config, OptimizerConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,17 +10,28 @@ class Role:
     """One model of a stage: actor, critic, reference, reward_model, or simply model.
 
     `batch_size` is the global number of sequences per optimizer step, `micro_batch_size_per_gpu` those of one forward
-    and backward pass on one rank. A role without an optimizer is never trained.
+    and backward pass on one rank. A role without an optimizer is never trained. `model_key` is the configured model
+    that it has the sizes of (model or reward_model), `directory_key` the stage's option that may name another one.
+    A scalar role ends in one number instead of logits. A role that generates samples the responses.
     """
 
     name: str
     optimizer: OptimizerConfig | None
     batch_size: int
     micro_batch_size_per_gpu: int
+    model_key: str = "model"
+    directory_key: str | None = None
+    scalar: bool = False
+    generates: bool = False
 
     def accumulation_steps(self, ranks: int) -> int:
         """Micro-batches per optimizer step on each rank: batch_size / (micro_batch_size_per_gpu * ranks)."""
         return max(1, self.batch_size // (self.micro_batch_size_per_gpu * ranks))
+
+
+def roles_of(config: Config, stage: StageConfig) -> list[Role]:
+    """The models that a stage keeps: without the reference where the actor with its adapters off is the reference."""
+    return [role for role in stage.roles() if role.name != "reference" or not config.lora.adapts("actor")]
 
 
 def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:

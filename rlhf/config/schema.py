@@ -5,81 +5,41 @@ YAML files under `conf/` hold differences from these defaults, nothing else. A s
 """
 
 from dataclasses import dataclass
-from enum import Enum
 from typing import TYPE_CHECKING
 
+from rlhf.config.choices import Accelerator as Accelerator
+from rlhf.config.choices import DataFormat as DataFormat
+from rlhf.config.choices import LauncherKind as LauncherKind
+from rlhf.config.choices import Mode as Mode
+from rlhf.config.choices import OnProblem as OnProblem
+from rlhf.config.choices import Precision as Precision
+from rlhf.config.choices import Reuse as Reuse
+from rlhf.config.choices import Schedule as Schedule
+from rlhf.config.choices import WeightSource as WeightSource
 from rlhf.config.fields import option, option_factory
 
 if TYPE_CHECKING:
     from rlhf.config.roles import Role
 
 
-class Precision(Enum):
-    """The number format of the weights that compute; the optimizer's master weights are always fp32."""
-
-    auto = "auto"
-    bf16 = "bf16"
-    fp16 = "fp16"
-    fp32 = "fp32"
-
-
-class Schedule(Enum):
-    """How the learning rate moves after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class WeightSource(Enum):
-    """Where a model's weights come from."""
-
-    pretrained = "pretrained"
-    scratch = "scratch"
-    gguf_package = "gguf_package"
-
-
-class Accelerator(Enum):
-    """The kind of device that ranks run on."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class DataFormat(Enum):
-    """The columns of a data source's rows."""
-
-    preference = "preference"
-    prompt = "prompt"
-
-
-class OnProblem(Enum):
-    """What to do with a row that cannot be used."""
-
-    error = "error"
-    skip = "skip"
-
-
-class Mode(Enum):
-    """What `launch.py` does with the configuration."""
-
-    run = "run"
-    plan = "plan"
-
-
 @dataclass(kw_only=True, slots=True)
 class OptimizerConfig:
     """AdamW and its learning-rate schedule."""
 
-    learning_rate: float = option(1e-5, "Peak learning rate.")
+    learning_rate: float = option(1e-5, "Peak learning rate.", above=0)
     betas: list[float] = option_factory(lambda: [0.9, 0.95], "AdamW's two decay rates.")
-    eps: float = option(1e-8, "AdamW's epsilon.")
-    weight_decay: float = option(0.0, "Decoupled weight decay; biases and norms are exempt.")
+    eps: float = option(1e-8, "AdamW's epsilon.", minimum=0)
+    weight_decay: float = option(0.0, "Decoupled weight decay; biases and norms are exempt.", minimum=0)
     schedule: Schedule = option(Schedule.cosine, "Shape of the decay after the warm-up: constant, linear or cosine.")
-    warmup_ratio: float = option(0.03, "Share of the optimizer steps over which the rate rises linearly.")
-    final_ratio: float = option(0.1, "Rate at the last step as a share of the peak (linear and cosine).")
-    max_grad_norm: float = option(1.0, "Global gradient norm at which gradients are clipped; 0 turns clipping off.")
+    warmup_ratio: float = option(
+        0.03, "Share of the optimizer steps over which the rate rises linearly.", minimum=0, maximum=1
+    )
+    final_ratio: float = option(
+        0.1, "Rate at the last step as a share of the peak (linear and cosine).", minimum=0, maximum=1
+    )
+    max_grad_norm: float = option(
+        1.0, "Global gradient norm at which gradients are clipped; 0 turns clipping off.", minimum=0
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -87,6 +47,7 @@ class StageConfig:
     """What every stage has. A stage adds its own options by deriving from this class."""
 
     name: str = option("", "The stage: a folder of rlhf/stages.")
+    objective: str = option("", "The metric of the last evaluation that a sweep compares runs by.")
 
     def roles(self) -> "list[Role]":
         """The models that the stage keeps at the same time."""
@@ -96,18 +57,46 @@ class StageConfig:
         """What is wrong with these options on so many ranks; `prefix` is where they stand: "stage", "stage.ppo"."""
         return []
 
+    def inputs(self) -> tuple[str, ...]:
+        """The groups of the configuration, beside stage and data, that decide what the stage trains."""
+        return ("model", "reward_model", "memory", "lora", "rollout", "scorer")
+
+    def schedule(self) -> list[str]:
+        """What is known of the stage's length before its data are read, in sentences."""
+        return []
+
 
 @dataclass(kw_only=True, slots=True)
 class ScratchConfig:
     """Size of a model that is created with random weights and a tokenizer trained on the run's data."""
 
     architecture: str = option("opt", "Hugging Face model type.")
-    vocab_size: int = option(4096, "Entries of the byte-level BPE vocabulary, special tokens included.")
-    num_layers: int = option(4, "Transformer blocks.")
-    hidden_size: int = option(256, "Width of the residual stream.")
-    num_heads: int = option(4, "Attention heads.")
-    intermediate_size: int = option(1024, "Width of the feed-forward layer.")
-    max_positions: int = option(256, "Longest sequence in tokens.")
+    vocab_size: int = option(4096, "Entries of the byte-level BPE vocabulary, special tokens included.", minimum=1)
+    num_layers: int = option(4, "Transformer blocks.", minimum=1)
+    hidden_size: int = option(256, "Width of the residual stream.", minimum=1)
+    num_heads: int = option(4, "Attention heads.", minimum=1)
+    intermediate_size: int = option(1024, "Width of the feed-forward layer.", minimum=1)
+    max_positions: int = option(256, "Longest sequence in tokens.", minimum=1)
+
+
+@dataclass(kw_only=True, slots=True)
+class ArchitectureConfig:
+    """What planning has to know of a pretrained model; a local directory's config.json tells it by itself."""
+
+    family: str | None = option(
+        None, "Hugging Face model type: opt, llama, qwen2, qwen3, gpt_neox, bloom; null: unknown."
+    )
+    num_layers: int = option(0, "Transformer blocks.")
+    hidden_size: int = option(0, "Width of the residual stream.")
+    num_heads: int = option(0, "Attention heads.")
+    num_kv_heads: int | None = option(None, "Heads of keys and values; null: as many as attention heads.")
+    head_dim: int | None = option(None, "Width of a head; null: hidden_size / num_heads.")
+    intermediate_size: int = option(0, "Width of the feed-forward layer.")
+    vocab_size: int = option(0, "Rows of the embedding.")
+    max_positions: int = option(0, "Longest sequence in tokens.")
+    tied_embeddings: bool = option(True, "Whether the output layer is the embedding.")
+    embedding_size: int | None = option(None, "Width of the embedding where it differs from hidden_size (OPT-350M).")
+    final_norm: bool = option(True, "Whether there is a norm after the last block (OPT-350M has none).")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -121,9 +110,13 @@ class ModelConfig:
     package: str | None = option(None, "Python package that carries the weights (source=gguf_package).")
     gguf_file: str | None = option(None, "Name of the GGUF file inside the package.")
     extra: str | None = option(None, "The extra of this project that installs the package.")
-    chat_template: str | None = option(None, "Jinja chat template for models that have none.")
+    chat_template: str | None = option(
+        None, "Jinja chat template for a model that has none; null: named turns, one below the other."
+    )
     attention: str = option("sdpa", "Attention implementation of transformers: eager, sdpa, flash_attention_2, …")
     scratch: ScratchConfig = option_factory(ScratchConfig, "The model to create (source=scratch).")
+    architecture: ArchitectureConfig = option_factory(ArchitectureConfig, "Its sizes, for planning.")
+    lora_targets: list[str] = option_factory(list, "Names of the linear layers that LoRA adapts.")
 
 
 @dataclass(kw_only=True, slots=True)
@@ -134,9 +127,9 @@ class SourceConfig:
     format: DataFormat = option(DataFormat.preference, "The columns of the rows.")
     path: str | None = option(None, "File or directory to read (kind=file).")
     part: str | None = option(None, "Which part of a packaged source to read.")
-    opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.")
+    opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.", minimum=1)
     weight: float | None = option(
-        None, "Share in the training mix relative to the other sources; null for all: every row is used."
+        None, "Share in the training mix relative to the other sources; null for all: every row is used.", above=0
     )
 
 
@@ -144,11 +137,11 @@ class SourceConfig:
 class SplitConfig:
     """How prompts are divided; every prompt belongs to exactly one part."""
 
-    sft: float = option(0.2, "Relative share of the prompts for supervised fine-tuning.")
-    rm: float = option(0.4, "Relative share of the prompts for the reward model.")
-    ppo: float = option(0.4, "Relative share of the prompts for PPO.")
+    sft: float = option(0.2, "Relative share of the prompts for supervised fine-tuning.", minimum=0)
+    rm: float = option(0.4, "Relative share of the prompts for the reward model.", minimum=0)
+    ppo: float = option(0.4, "Relative share of the prompts for PPO.", minimum=0)
     held_out: float = option(0.05, "Share of each stage's prompts that is kept for evaluation.")
-    seed: int = option(0, "Seed of the hash that assigns prompts; the same for all stages of a pipeline.")
+    seed: int = option(0, "Seed of the hash that assigns prompts; the same for all stages of a pipeline.", minimum=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -158,9 +151,9 @@ class DataConfig:
     name: str = option("", "Short name, used for run directories.")
     sources: dict[str, SourceConfig] = option_factory(dict, "The sources by name.")
     split: SplitConfig = option_factory(SplitConfig, "The division over the stages.")
-    max_prompt_length: int = option(256, "Longest prompt in tokens, chat template included.")
+    max_prompt_length: int = option(256, "Longest prompt in tokens, chat template included.", minimum=1)
     max_response_length: int = option(
-        256, "Longest response in tokens, EOS included; longer ones are truncated and counted."
+        256, "Longest response in tokens, EOS included; longer ones are truncated and counted.", minimum=1
     )
     on_bad_row: OnProblem = option(OnProblem.error, "Stop at rows that cannot be used, or skip and count them.")
     on_long_prompt: OnProblem = option(
@@ -180,32 +173,127 @@ class HardwareConfig:
     accelerator: Accelerator = option(
         Accelerator.auto, "Device of the ranks; auto takes CUDA if there is any, else the CPU."
     )
-    nodes: int = option(1, "Machines.")
-    gpus_per_node: int | None = option(None, "Ranks per machine; null takes all GPUs, or two ranks on a CPU.")
-    threads_per_rank: int | None = option(None, "CPU threads per rank; null divides the cores among the ranks.")
+    nodes: int = option(1, "Machines.", minimum=1)
+    gpus_per_node: int | None = option(
+        None, "Ranks per machine; null takes all GPUs, or two ranks on a CPU.", minimum=1
+    )
+    threads_per_rank: int | None = option(
+        None, "CPU threads per rank; null divides the cores among the ranks.", minimum=1
+    )
+    gpu: str | None = option(None, "The GPU's name as nvidia-smi has it, or a part of it; null: any.")
+    gpu_memory_gib: float | None = option(None, "Memory of one GPU in GiB; null: what this machine has.", above=0)
+    bf16: bool | None = option(None, "Whether the GPU computes in bf16; null: what this machine's does.")
+    peak_tflops: float | None = option(None, "Peak dense 16-bit TFLOP/s of one GPU.")
+    memory_bandwidth_gbs: float | None = option(None, "Memory bandwidth of one GPU in GB/s.")
+    link_gbs: float | None = option(None, "Bandwidth between the GPUs of a machine, per GPU and direction, in GB/s.")
+    network_gbs: float | None = option(None, "Bandwidth between machines, per machine and direction, in GB/s.")
+    pcie_gbs: float | None = option(None, "Bandwidth between a GPU and the host's memory, per direction, in GB/s.")
+    host_memory_gib: float | None = option(None, "Memory of one machine in GiB; null: what this machine has.", above=0)
+    price_per_gpu_hour: float | None = option(None, "US dollars per GPU and hour, on demand.", minimum=0)
+
+
+@dataclass(kw_only=True, slots=True)
+class RoleMemoryConfig:
+    """The placement of one role's states where it differs from the other roles'."""
+
+    zero_stage: int | None = option(
+        None, "ZeRO stage of this role: 0 to 3 (0 or 3 if it is frozen); null: as `memory`.", minimum=0, maximum=3
+    )
+    offload_optimizer: bool | None = option(None, "Keep its optimizer states in the host's memory; null: as `memory`.")
+    offload_parameters: bool | None = option(
+        None, "Keep its parameters in the host's memory (ZeRO-3); null: as `memory`."
+    )
+    gradient_checkpointing: bool | None = option(None, "Recompute its activations; null: as `memory`.")
 
 
 @dataclass(kw_only=True, slots=True)
 class MemoryConfig:
     """How model states are placed."""
 
-    zero_stage: int = option(1, "ZeRO stage of the trained models: 0 to 3.")
+    zero_stage: int | None = option(
+        None,
+        "ZeRO stage of the trained models: 0 to 3; null: the first of 1, 2, 3 that the hardware can hold.",
+        minimum=0,
+        maximum=3,
+    )
+    offload_optimizer: bool = option(False, "Keep optimizer states in the host's memory (ZeRO-1 to 3).")
+    offload_parameters: bool = option(False, "Keep parameters in the host's memory (ZeRO-3).")
     precision: Precision = option(
         Precision.auto,
         "Format of the computing weights; auto: bf16 if the device has it, else fp16 (GPU) or fp32 (CPU).",
     )
     gradient_checkpointing: bool = option(False, "Recompute activations in the backward pass to save memory.")
+    actor: RoleMemoryConfig = option_factory(RoleMemoryConfig, "PPO's policy, where it differs.")
+    critic: RoleMemoryConfig = option_factory(RoleMemoryConfig, "PPO's critic, where it differs.")
+    reference: RoleMemoryConfig = option_factory(RoleMemoryConfig, "PPO's reference model, where it differs.")
+    reward_model: RoleMemoryConfig = option_factory(RoleMemoryConfig, "PPO's reward model, where it differs.")
+
+    def of_role(self, name: str, *, trained: bool) -> "RoleMemory":
+        """The placement of a role's states. A frozen role is partitioned only if the trained ones' parameters are."""
+        assert self.zero_stage is not None, "the ZeRO stage is resolved before it is used"
+        own: RoleMemoryConfig = getattr(self, name, None) or RoleMemoryConfig()
+        inherited = self.zero_stage if trained or self.zero_stage == 3 else 0
+        stage = inherited if own.zero_stage is None else own.zero_stage
+
+        def chosen(key: str) -> bool:
+            value = getattr(own, key)
+            return bool(getattr(self, key) if value is None else value)
+
+        return RoleMemory(
+            zero_stage=stage,
+            offload_optimizer=trained and stage > 0 and chosen("offload_optimizer"),
+            offload_parameters=stage == 3 and chosen("offload_parameters"),
+            gradient_checkpointing=trained and chosen("gradient_checkpointing"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleMemory:
+    """The resolved placement of one role's states."""
+
+    zero_stage: int
+    offload_optimizer: bool
+    offload_parameters: bool
+    gradient_checkpointing: bool
+
+
+@dataclass(kw_only=True, slots=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021): W + alpha/rank B A is trained instead of W."""
+
+    rank: int | None = option(None, "Rank of the adapters; null trains all weights.", minimum=1)
+    alpha: float | None = option(None, "Scale of the adapters is alpha / rank; null: 2 × rank.", above=0)
+    dropout: float = option(0.0, "Dropout before the adapters; PPO needs 0.", minimum=0, maximum=0.99)
+    targets: list[str] | None = option(
+        None, "Names of the linear layers to adapt; null takes the model's lora_targets."
+    )
+    roles: list[str] = option_factory(
+        lambda: ["model", "actor", "critic"], "The roles that are adapted: model (SFT and RM), actor, critic."
+    )
+
+    def adapts(self, role: str) -> bool:
+        """Whether a role is trained through adapters."""
+        return self.rank is not None and role in self.roles
 
 
 @dataclass(kw_only=True, slots=True)
 class RolloutConfig:
     """Sampling of responses."""
 
-    temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.")
-    top_p: float = option(1.0, "Nucleus sampling; values below 1 bias the PPO ratio and are warned about.")
-    top_k: int = option(0, "Sample from the k likeliest tokens; 0 for all. Other values bias the PPO ratio.")
-    max_new_tokens: int | None = option(None, "Longest response in tokens; null takes data.max_response_length.")
-    batch_size_per_gpu: int | None = option(None, "Prompts generated together on a rank; null for all at once.")
+    temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
+    top_p: float = option(
+        1.0, "Nucleus sampling; values below 1 bias the PPO ratio and are warned about.", above=0, maximum=1
+    )
+    top_k: int = option(0, "Sample from the k likeliest tokens; 0 for all. Other values bias the PPO ratio.", minimum=0)
+    max_new_tokens: int | None = option(
+        None, "Longest response in tokens; null takes data.max_response_length.", minimum=1
+    )
+    batch_size_per_gpu: int | None = option(
+        None, "Prompts generated together on a rank; null for all at once.", minimum=1
+    )
+    gather: bool | None = option(
+        None, "ZeRO-3: gather the whole policy once per rollout, instead of each layer at each token; null: if it fits."
+    )
 
 
 @dataclass(kw_only=True, slots=True)
@@ -213,8 +301,8 @@ class ScorerConfig:
     """From a response to its score."""
 
     normalize: bool = option(True, "Subtract the reward model's stored mean and divide by its standard deviation.")
-    clip: float | None = option(5.0, "Clip scores to [-clip, clip] after normalisation; null for no clipping.")
-    missing_eos_penalty: float = option(2.0, "Taken off the score of a response that does not end with EOS.")
+    clip: float | None = option(5.0, "Clip scores to [-clip, clip] after normalisation; null for no clipping.", above=0)
+    missing_eos_penalty: float = option(2.0, "Taken off the score of a response that does not end with EOS.", minimum=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -230,8 +318,27 @@ class TrackingConfig:
 class LauncherConfig:
     """How ranks are started."""
 
-    master_port: int | None = option(None, "Port of the rendezvous; null picks a free one.")
-    timeout_minutes: float = option(30.0, "How long a collective operation may wait for the other ranks.")
+    kind: LauncherKind = option(
+        LauncherKind.local, "What reaches the machines: local, pdsh, openmpi, mpich, slurm, no_ssh."
+    )
+    hostfile: str | None = option(None, "File with a line `NAME slots=N` for every machine.")
+    include: str | None = option(None, "Machines and GPUs of the hostfile to use, as in `node1@node2:0,2`.")
+    exclude: str | None = option(None, "Machines and GPUs of the hostfile to leave out, in the same form.")
+    node_rank: int | None = option(
+        None, "kind=no_ssh: the number of this machine, from 0; launch.py runs on each of them."
+    )
+    master_addr: str | None = option(None, "Name or address of the first machine, as the others reach it.")
+    master_port: int | None = option(
+        None, "Port of the rendezvous; null picks a free one.", minimum=1024, maximum=65535
+    )
+    ssh_port: int | None = option(
+        None, "kind=pdsh: port of the machines' ssh servers; null for the usual one.", minimum=1, maximum=65535
+    )
+    options: str | None = option(None, "Further options for pdsh, mpirun or srun, as one text.")
+    environment: dict[str, str] = option_factory(
+        dict, "Variables that every rank gets, as in  +launcher.environment.NCCL_DEBUG=INFO; never secrets."
+    )
+    timeout_minutes: float = option(30.0, "How long a collective operation may wait for the other ranks.", above=0)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -244,6 +351,7 @@ class Config:
     data: DataConfig = option_factory(DataConfig, "The data mix.")
     hardware: HardwareConfig = option_factory(HardwareConfig, "The machines.")
     memory: MemoryConfig = option_factory(MemoryConfig, "The placement of model states.")
+    lora: LoraConfig = option_factory(LoraConfig, "Low-rank adapters.")
     rollout: RolloutConfig = option_factory(RolloutConfig, "Sampling.")
     scorer: ScorerConfig = option_factory(ScorerConfig, "Scoring.")
     tracking: TrackingConfig = option_factory(TrackingConfig, "Tracking.")
@@ -251,6 +359,10 @@ class Config:
     mode: Mode = option(
         Mode.run, "run: train. plan: print the resolved commands and DeepSpeed configurations, and stop."
     )
-    seed: int = option(1, "Seed of initialisation, shuffling and sampling.")
+    key: str | None = option(None, "mode=explain: the option to explain, as in  key=stage.kl_coef.")
+    reuse: Reuse = option(
+        Reuse.auto, "auto: take over a stage that was trained before with the same inputs. off: train."
+    )
+    seed: int = option(1, "Seed of initialisation, shuffling and sampling.", minimum=0)
     run_dir: str | None = option(None, "Where the run is written; null: runs/<stage>-<model>-<data>-seed<seed>-<hash>.")
     cache_dir: str | None = option(None, "Where prepared models and data are kept; null: $RLHF_CACHE or ~/.cache/rlhf.")

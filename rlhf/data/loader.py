@@ -121,14 +121,14 @@ class GlobalLoader(Generic[Batch]):
 def eval_batches(
     dataset: Any, *, batch_size: int, collate: "Collate[Batch]", rank: int, ranks: int
 ) -> Iterator[tuple[Batch, int]]:
-    """Yield (batch, valid) so that every row counts exactly once over all ranks and all ranks get equally many batches.
+    """Yield (batch, valid) so that every row counts exactly once over all ranks and all ranks get equal batches.
 
-    Only the first `valid` rows of a batch count. Where rows run out a rank gets a batch of one repeated row with
-    valid=0, so that forward passes that all ranks must share (ZeRO-3) stay in step. `batch_size` is one rank's.
-    Rows come in order of length, which keeps padding small.
+    Only the first `valid` rows of a batch count. Where rows run out a rank gets a row once more, so that the batches of
+    all ranks have equally many rows and forward passes that they must share (ZeRO-3) stay in step. `batch_size` is one
+    rank's. Rows come in order of length, which keeps padding small.
     """
     order = np.argsort(row_lengths(dataset), kind="stable")
     for start in range(0, len(order), batch_size * ranks):
-        share = np.array_split(order[start : start + batch_size * ranks], ranks)[rank]
-        indices = share if len(share) else order[start : start + 1]
-        yield collate(fetch_rows(dataset, indices)), len(share)
+        shares = np.array_split(order[start : start + batch_size * ranks], ranks)
+        filler = np.repeat(order[start : start + 1], len(shares[0]) - len(shares[rank]))
+        yield collate(fetch_rows(dataset, np.concatenate([shares[rank], filler]))), len(shares[rank])

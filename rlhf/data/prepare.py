@@ -46,6 +46,10 @@ class PreparedData:
             raise DataError(_empty_message(part, self.counts))
         return load_from_disk(str(self.directory / part.label))
 
+    def has_part(self, stage: str, held_out: bool) -> bool:
+        """Whether a part has rows."""
+        return bool(self.counts["parts"][Part(stage, held_out).label]["rows"])
+
     @property
     def problems_file(self) -> Path:
         """A JSON-lines file that lists every row that was dropped or truncated."""

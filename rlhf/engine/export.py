@@ -5,9 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engine.distributed import barrier, rank
+from rlhf.models.lora import adapter_config, adapter_weights, is_adapted, merged_weights
 
 
 def export_model(
@@ -20,6 +23,8 @@ def export_model(
     extra_config: dict[str, Any] | None = None,
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
+
+    An adapted model is written merged, and its adapters beside it in a directory adapter, which peft reads.
 
     Args:
         engine: the engine whose module holds the model; under ZeRO-3 the shards are consolidated on rank 0.
@@ -36,6 +41,9 @@ def export_model(
     if rank() == 0:
         assert state is not None
         weights = {name.removeprefix(prefix): value.detach().cpu() for name, value in state.items()}
+        if is_adapted(model):
+            export_adapter(model, weights, directory.with_name("adapter"))
+            weights = merged_weights(model, weights)
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         for key, value in (extra_config or {}).items():
@@ -46,3 +54,17 @@ def export_model(
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
     barrier()
+
+
+def export_adapter(model: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
+    """Write the adapters of a model, whose unmerged weights are given, as peft reads them."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(
+        {name: value.contiguous() for name, value in adapter_weights(weights).items()},
+        partial / "adapter_model.safetensors",
+    )
+    adapter_config(model, base=str(model.config._name_or_path or "")).save_pretrained(str(partial))
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)

@@ -1,7 +1,7 @@
 """The switch of one engine between training and generation."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
@@ -9,12 +9,13 @@ from torch import nn
 
 
 @contextmanager
-def generation_mode(engine: Any) -> Iterator[nn.Module]:
+def generation_mode(engine: Any, *, gather: bool = True) -> Iterator[nn.Module]:
     """Yield the engine's module ready to generate, and put everything back afterwards, also after an exception.
 
     Within it dropout and gradient checkpointing are off. Under ZeRO-3 all parameters are gathered once and
     DeepSpeed's per-layer hooks are taken off, or else every layer would be gathered and released for every token;
-    so ranks need not take the same number of decoding steps. Every rank must enter and leave.
+    so ranks need not take the same number of decoding steps. Without `gather`, for a model that does not fit whole, the
+    hooks stay, and all ranks must take part in every step. Every rank must enter and leave.
     """
     module: nn.Module = engine.module
     was_training = module.training
@@ -23,12 +24,17 @@ def generation_mode(engine: Any) -> Iterator[nn.Module]:
         part.gradient_checkpointing = False  # type: ignore[assignment]
     module.eval()
     try:
-        with _whole_parameters(engine):
+        with _whole_parameters(engine) if gather else nullcontext():
             yield module
     finally:
         module.train(was_training)
         for part in checkpointing:
             part.gradient_checkpointing = True  # type: ignore[assignment]
+
+
+def is_partitioned(engine: Any) -> bool:
+    """Whether the engine's parameters are divided among the ranks (ZeRO-3)."""
+    return bool(engine.zero_optimization_partition_weights())
 
 
 @contextmanager

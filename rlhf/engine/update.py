@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -51,16 +51,33 @@ def optimizer_step(
     scale = world_size() * accumulation_steps / max(num_targets, 1.0)
     learning_rate = float(engine.get_lr()[0])
     total = torch.zeros((), device=engine.device)
-    for micro_batch in micro_batches:
+    own_norm: float | None = None
+    for index, micro_batch in enumerate(micro_batches):
         loss = loss_sum(micro_batch)
         engine.backward(loss * scale)
+        if index == accumulation_steps - 1 and _steps_unguarded(engine):
+            own_norm = _guard(engine)
         engine.step()
         total = total + loss.detach().float()
-    norm = engine.get_global_grad_norm()
-    grad_norm = float(norm) if norm is not None else math.nan
+    norm = engine.get_global_grad_norm() if own_norm is None else own_norm
     return StepResult(
         loss_sum=total,
-        grad_norm=grad_norm,
+        grad_norm=float(norm) if norm is not None else math.nan,
         learning_rate=learning_rate,
-        applied=bool(engine.was_step_applied()),
+        applied=bool(engine.was_step_applied()) and (own_norm is None or math.isfinite(own_norm)),
     )
+
+
+def _steps_unguarded(engine: Any) -> bool:
+    """Whether DeepSpeed neither measures the gradient nor skips a step whose gradient is not finite: fp32, ZeRO-0."""
+    return engine.zero_optimization_stage() == 0 and not engine.fp16_enabled() and not engine.bfloat16_enabled()
+
+
+def _guard(engine: Any) -> float:
+    """Return the norm of the reduced gradients; take them away if it is not finite, so that no weight moves."""
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
+    norm = float(torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
+    if not math.isfinite(norm):
+        for parameter in parameters:
+            parameter.grad = None
+    return norm

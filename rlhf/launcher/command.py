@@ -1,27 +1,37 @@
-"""The DeepSpeed launcher's command line and environment for one stage."""
+"""The DeepSpeed launcher's command line, files and environment for one stage."""
 
 import os
 import shlex
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from rlhf.config.schema import Accelerator, Config
+from rlhf.config.schema import Accelerator, Config, LauncherKind
+from rlhf.launcher.hosts import hosts_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 # A surrounding distributed job must not leak into this one.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
+# Several machines that start by themselves cannot ask one of them for a free port.
+SHARED_PORT = 29500
+HOSTFILE, ENVIRONMENT = "hostfile", "environment"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LaunchCommand:
-    """What starts the ranks: argv, the variables added to the environment, and the port of the rendezvous."""
+    """What starts the ranks: argv, the variables added to the environment, the port, and files that it reads.
+
+    `files` maps paths to contents; they are written before the launch. `local_ranks` are the ranks that run on this
+    machine, or None if that cannot be told.
+    """
 
     argv: tuple[str, ...]
     variables: Mapping[str, str]
     port: int
+    files: Mapping[Path, str] = field(default_factory=dict)
+    local_ranks: range | None = None
 
     def shell(self) -> str:
         """The command as a line for a shell; it holds no secrets, which stay in the inherited environment."""
@@ -44,23 +54,84 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def launch_command(config: Config, *, config_path: Path, gpus: Sequence[int]) -> LaunchCommand:
-    """The command for a resolved configuration; `gpus` are the indices that may be used, in order."""
-    hardware = config.hardware
+def launch_command(config: Config, *, config_path: Path, gpus: Sequence[int], node_rank: int = 0) -> LaunchCommand:
+    """The command for a resolved configuration.
+
+    Args:
+        config: one stage's.
+        config_path: its config.yaml, which every rank reads.
+        gpus: indices of this machine's GPUs that may be used, in order.
+        node_rank: the machine whose command it is (launcher.kind=no_ssh).
+    """
+    hardware, launcher = config.hardware, config.launcher
     ranks = hardware.gpus_per_node or 1
-    on_cpu = hardware.accelerator is Accelerator.cpu
-    port = config.launcher.master_port or free_port()
-    module = ["--no_local_rank", "--master_port", str(port), "--module", "rlhf", "--config", str(config_path)]
+    no_ssh = launcher.kind is LauncherKind.no_ssh
+    port = launcher.master_port or (SHARED_PORT if no_ssh else free_port())
+    variables = _variables(config)
+    target = ["--no_local_rank", "--master_port", str(port), "--module", "rlhf", "--config", str(config_path)]
+    if launcher.kind is LauncherKind.local:
+        on_cpu = hardware.accelerator is Accelerator.cpu
+        argv = [*_launcher(), *_resources(ranks, on_cpu=on_cpu, gpus=gpus), *target]
+        return LaunchCommand(argv=tuple(argv), variables=variables, port=port, local_ranks=range(ranks))
+    folder = config_path.parent
+    hosts = hosts_of(config) or {f"node{index}": list(range(ranks)) for index in range(hardware.nodes)}
+    files = {folder / HOSTFILE: "".join(f"{name} slots={len(slots)}\n" for name, slots in hosts.items())}
+    argv = [*_launcher(), "--hostfile", str(folder / HOSTFILE)]
+    address = launcher.master_addr or next(iter(hosts))
+    if no_ssh:
+        argv += ["--no_ssh", "--node_rank", str(node_rank), "--master_addr", address, *target]
+        local = range(node_rank * ranks, (node_rank + 1) * ranks)
+        return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files, local_ranks=local)
+    # Read by the launcher and passed on to every machine.
+    passed = variables | {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    files[folder / ENVIRONMENT] = "".join(f"{name}={value}\n" for name, value in passed.items())
+    variables["DS_ENV_FILE"] = str(folder / ENVIRONMENT)
+    argv += [*_several_machines(config, hosts, address), *target]
+    if launcher.kind is LauncherKind.slurm:
+        # DeepSpeed's srun command leaves --module out, so that a path has to be named.
+        argv[argv.index("--module") : argv.index("rlhf") + 1] = [str(PROJECT / "rlhf" / "__main__.py")]
+    return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files)
+
+
+def node_commands(config: Config, *, config_path: Path, gpus: Sequence[int]) -> list[tuple[str, LaunchCommand]]:
+    """Where to run what: one command on this machine, or with no_ssh one on each machine."""
+    if config.launcher.kind is not LauncherKind.no_ssh:
+        return [("this machine", launch_command(config, config_path=config_path, gpus=gpus))]
+    return [
+        (f"machine {index}", launch_command(config, config_path=config_path, gpus=gpus, node_rank=index))
+        for index in range(config.hardware.nodes)
+    ]
+
+
+def _variables(config: Config) -> dict[str, str]:
+    hardware = config.hardware
     variables = {
         "OMP_NUM_THREADS": str(hardware.threads_per_rank or 1),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")])),
     }
-    if on_cpu:
+    if hardware.accelerator is Accelerator.cpu:
         variables["DS_ACCELERATOR"] = "cpu"
-    argv = [*_launcher(), *_resources(ranks, on_cpu=on_cpu, gpus=gpus), *module]
-    return LaunchCommand(argv=tuple(argv), variables=variables, port=port)
+    if config.launcher.kind is not LauncherKind.local and "RLHF_CACHE" in os.environ:
+        variables["RLHF_CACHE"] = os.path.abspath(os.path.expanduser(os.environ["RLHF_CACHE"]))
+    return variables | config.launcher.environment
+
+
+def _several_machines(config: Config, hosts: Mapping[str, Sequence[int]], address: str) -> list[str]:
+    launcher = config.launcher
+    argv = ["--launcher", launcher.kind.name, "--master_addr", address, "--no_ssh_check"]
+    if launcher.kind is LauncherKind.pdsh:
+        argv.append("--force_multi")
+    if launcher.ssh_port is not None:
+        argv += ["--ssh_port", str(launcher.ssh_port)]
+    if launcher.options:
+        # As one word: the launcher would take a text that begins with a dash for an option of its own.
+        argv.append(f"--launcher_args={launcher.options}")
+    uneven = any(list(slots) != list(range(len(slots))) for slots in hosts.values())
+    if uneven and launcher.kind is LauncherKind.pdsh:
+        argv += ["--include", "@".join(f"{name}:{','.join(map(str, slots))}" for name, slots in hosts.items())]
+    return argv
 
 
 def _launcher() -> list[str]:

@@ -1,26 +1,61 @@
 """What this machine has, and a configuration made concrete for it. Imports no torch."""
 
 import importlib.util
+import math
 import os
 import re
 import subprocess
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.schema import Accelerator, Config, MemoryConfig, ModelConfig, Precision, StageConfig, WeightSource
+from rlhf.config.schema import (
+    Accelerator,
+    Config,
+    HardwareConfig,
+    LauncherConfig,
+    LauncherKind,
+    MemoryConfig,
+    ModelConfig,
+    Precision,
+    StageConfig,
+    WeightSource,
+)
+from rlhf.planner.memory import choose_zero_stage, gathers_for_rollout, substages
 
 CPU_RANKS = 2
+_RUNS_HERE = (LauncherKind.local, LauncherKind.no_ssh)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """A GPU that torch can use: its index, name, memory in GiB, and compute capability."""
+
+    index: int
+    name: str
+    memory_gib: float
+    capability: float
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Machine:
-    """Cores that this process may use, indices of the GPUs that torch can use, and whether they compute in bf16."""
+    """Cores that this process may use, usable GPUs, whether the CPU computes in bf16, and its memory in GiB."""
 
     cores: int
-    gpus: tuple[int, ...]
+    gpus: tuple[Gpu, ...]
     cpu_bf16: bool
-    gpu_bf16: bool
+    host_memory_gib: float | None = None
+
+    @property
+    def gpu_bf16(self) -> bool:
+        """Whether every GPU computes in bf16."""
+        return bool(self.gpus) and min(gpu.capability for gpu in self.gpus) >= 8.0
+
+    def described(self) -> str:
+        """The accelerators in words."""
+        names = {gpu.name: sum(other.name == gpu.name for other in self.gpus) for gpu in self.gpus}
+        return ", ".join(f"{count} × {name}" for name, count in names.items()) or "no GPU"
 
 
 def usable_cores() -> int:
@@ -39,25 +74,37 @@ def cpu_computes_bf16(cpuinfo: str) -> bool:
     return re.search(pattern, cpuinfo, flags=re.MULTILINE) is not None
 
 
-def visible_gpus() -> dict[int, float]:
-    """Index → compute capability of the GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, in its order."""
-    command = ["nvidia-smi", "--query-gpu=index,uuid,compute_cap", "--format=csv,noheader"]
+def visible_gpus() -> tuple[Gpu, ...]:
+    """The GPUs that `nvidia-smi` lists and CUDA_VISIBLE_DEVICES leaves, in its order."""
+    query = "--query-gpu=index,uuid,compute_cap,memory.total,name"
+    command = ["nvidia-smi", query, "--format=csv,noheader,nounits"]
     try:
         listed = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.splitlines()
-        rows = [[cell.strip() for cell in line.split(",")] for line in listed if line.strip()]
-        gpus = {int(index): float(capability) for index, _, capability in rows}
+        rows = [[cell.strip() for cell in line.split(",", 4)] for line in listed if line.strip()]
+        gpus = {
+            int(index): Gpu(index=int(index), name=name, memory_gib=float(mib) / 1024, capability=float(capability))
+            for index, _, capability, mib, name in rows
+        }
     except (OSError, subprocess.SubprocessError, ValueError):
-        return {}
+        return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
-        return gpus
-    named = {index: int(index) for index, _, _ in rows} | {uuid: int(index) for index, uuid, _ in rows}
-    chosen: dict[int, float] = {}
+        return tuple(gpus.values())
+    named = {row[0]: int(row[0]) for row in rows} | {row[1]: int(row[0]) for row in rows}
+    chosen: list[Gpu] = []
     for entry in (part.strip() for part in visible.split(",")):
         if entry not in named:
             break  # CUDA itself ignores everything from the first invalid entry on.
-        chosen[named[entry]] = gpus[named[entry]]
-    return chosen
+        chosen.append(gpus[named[entry]])
+    return tuple(chosen)
+
+
+def host_memory() -> float | None:
+    """This machine's memory in GiB, or None if it cannot be told."""
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1024**3
+    except (ValueError, OSError):
+        return None
 
 
 def torch_has_cuda() -> bool:
@@ -71,26 +118,51 @@ def torch_has_cuda() -> bool:
 
 def detect() -> Machine:
     """Look at this machine."""
-    gpus = visible_gpus() if torch_has_cuda() else {}
     try:
         cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         cpuinfo = ""
     return Machine(
         cores=usable_cores(),
-        gpus=tuple(gpus),
+        gpus=visible_gpus() if torch_has_cuda() else (),
         cpu_bf16=cpu_computes_bf16(cpuinfo),
-        gpu_bf16=bool(gpus) and min(gpus.values()) >= 8.0,
+        host_memory_gib=host_memory(),
     )
 
 
 def resolve(config: Config, machine: Machine) -> Config:
     """Return the configuration with everything automatic decided, so that it says what will run.
 
-    Fills in the accelerator, ranks and threads, the precision, and the reward model where it is the same as the
-    model; makes paths absolute.
+    Fills in the accelerator, ranks and threads, the precision, the ZeRO stage, and the reward model where it is the
+    same as the model; makes paths absolute.
     """
-    hardware = config.hardware
+    model = _absolute_model(config.model)
+    reward_model = model if config.reward_model == ModelConfig() else _absolute_model(config.reward_model)
+    sources = {name: replace(s, path=_absolute(s.path)) for name, s in config.data.sources.items()}
+    hardware = _hardware(config.hardware, machine)
+    stage = _absolute_models(config.stage)
+    if config.hardware.gpus_per_node is None:
+        hardware, stage = _divided(hardware, stage)
+    config = replace(
+        config,
+        stage=stage,
+        model=model,
+        reward_model=reward_model,
+        data=replace(config.data, sources=sources),
+        hardware=hardware,
+        launcher=_launcher(config.launcher, hardware),
+        memory=_precision(config.memory, hardware),
+        run_dir=_absolute(config.run_dir),
+        cache_dir=_absolute(config.cache_dir),
+    )
+    if config.memory.zero_stage is None:
+        config = replace(config, memory=replace(config.memory, zero_stage=choose_zero_stage(config)))
+    if config.rollout.gather is None:
+        config = replace(config, rollout=replace(config.rollout, gather=gathers_for_rollout(config)))
+    return config
+
+
+def _hardware(hardware: HardwareConfig, machine: Machine) -> HardwareConfig:
     accelerator = hardware.accelerator
     if accelerator is Accelerator.auto:
         accelerator = Accelerator.cuda if machine.gpus else Accelerator.cpu
@@ -98,29 +170,87 @@ def resolve(config: Config, machine: Machine) -> Config:
     ranks = hardware.gpus_per_node
     if ranks is None:
         ranks = len(machine.gpus) if on_gpu else CPU_RANKS
-    threads = hardware.threads_per_rank or max(1, machine.cores // max(1, ranks))
-    model = _absolute_model(config.model)
-    reward_model = model if config.reward_model == ModelConfig() else _absolute_model(config.reward_model)
-    sources = {name: replace(s, path=_absolute(s.path)) for name, s in config.data.sources.items()}
+    memory, bf16, host = hardware.gpu_memory_gib, hardware.bf16, hardware.host_memory_gib
+    if memory is None and on_gpu and machine.gpus:
+        memory = min(gpu.memory_gib for gpu in machine.gpus)
+    if bf16 is None:
+        bf16 = machine.gpu_bf16 if on_gpu else machine.cpu_bf16
     return replace(
-        config,
-        stage=_absolute_models(config.stage),
-        model=model,
-        reward_model=reward_model,
-        data=replace(config.data, sources=sources),
-        hardware=replace(hardware, accelerator=accelerator, gpus_per_node=ranks, threads_per_rank=threads),
-        memory=_precision(config.memory, machine, on_gpu=on_gpu),
-        run_dir=_absolute(config.run_dir),
-        cache_dir=_absolute(config.cache_dir),
+        hardware,
+        accelerator=accelerator,
+        gpus_per_node=ranks,
+        threads_per_rank=hardware.threads_per_rank or max(1, machine.cores // max(1, ranks)),
+        gpu_memory_gib=memory,
+        bf16=bf16,
+        host_memory_gib=machine.host_memory_gib if host is None else host,
     )
 
 
-def _precision(memory: MemoryConfig, machine: Machine, *, on_gpu: bool) -> MemoryConfig:
+def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConfig, StageConfig]:
+    """As many of this machine's ranks as divide every global batch, and micro-batches that then divide it too.
+
+    Only for a number of ranks that nobody asked for: three GPUs train a batch of 64 on two. Batches that are no
+    multiple of their micro-batch are left as they are, for the user to mend.
+    """
+    roles = [role for inner in substages(stage) for role in inner.roles()]
+    if any(role.micro_batch_size_per_gpu < 1 or role.batch_size % role.micro_batch_size_per_gpu for role in roles):
+        return hardware, stage
+    batches = [role.batch_size for role in roles]
+    available = hardware.gpus_per_node or 1
+    ranks = next((n for n in range(available, 0, -1) if all(batch % n == 0 for batch in batches)), 1)
+    per_node = replace(hardware, gpus_per_node=ranks)
+    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes))
+
+
+def _with_micro_batches(stage: StageConfig, ranks: int) -> StageConfig:
+    changed: dict[str, Any] = {}
+    for entry in fields(stage):
+        value = getattr(stage, entry.name)
+        if isinstance(value, StageConfig):
+            changed[entry.name] = _with_micro_batches(value, ranks)
+        elif entry.name == "micro_batch_size_per_gpu":
+            changed[entry.name] = math.gcd(value, *(role.batch_size // ranks for role in stage.roles())) or value
+    return replace(stage, **changed)
+
+
+def _launcher(launcher: LauncherConfig, hardware: HardwareConfig) -> LauncherConfig:
+    kind = launcher.kind
+    if kind is LauncherKind.local and hardware.nodes > 1:
+        kind = LauncherKind.pdsh  # DeepSpeed's own choice for several machines.
+    return replace(launcher, kind=kind, hostfile=_absolute(launcher.hostfile))
+
+
+def machine_problems(config: Config, machine: Machine) -> Iterator[str]:
+    """Say in what this machine differs from the hardware that a run on it needs. The config must be resolved."""
+    hardware = config.hardware
+    if hardware.accelerator is not Accelerator.cuda or config.launcher.kind not in _RUNS_HERE:
+        return
+    name, needed = hardware.name or "cuda", hardware.gpus_per_node or 1
+    elsewhere = "; mode=plan works here, and hardware=local takes what there is"
+    if not machine.gpus:
+        yield f"hardware={name}: no GPU was found that the installed torch can use{elsewhere}"
+    elif needed > len(machine.gpus):
+        yield (
+            f"hardware.gpus_per_node={needed}: this machine has {len(machine.gpus)} usable GPUs "
+            f"({machine.described()}){elsewhere}"
+        )
+    elif hardware.gpu is not None:
+        used = machine.gpus[:needed]
+        others = [gpu for gpu in used if hardware.gpu.lower() not in gpu.name.lower()]
+        small = [gpu for gpu in used if gpu.memory_gib < 0.9 * (hardware.gpu_memory_gib or 0.0)]
+        if others or small:
+            found = (others or small)[0]
+            yield (
+                f"hardware={name}: needs {hardware.gpu} with {hardware.gpu_memory_gib:g} GiB, but GPU {found.index} is "
+                f"{found.name} with {found.memory_gib:.0f} GiB{elsewhere}"
+            )
+
+
+def _precision(memory: MemoryConfig, hardware: HardwareConfig) -> MemoryConfig:
     if memory.precision is not Precision.auto:
         return memory
-    has_bf16 = machine.gpu_bf16 if on_gpu else machine.cpu_bf16
-    fallback = Precision.fp16 if on_gpu else Precision.fp32
-    return replace(memory, precision=Precision.bf16 if has_bf16 else fallback)
+    fallback = Precision.fp16 if hardware.accelerator is Accelerator.cuda else Precision.fp32
+    return replace(memory, precision=Precision.bf16 if hardware.bf16 else fallback)
 
 
 def _absolute(path: str | None) -> str | None:

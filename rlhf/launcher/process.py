@@ -15,7 +15,7 @@ from typing import Any
 
 from rlhf.launcher.command import PROJECT, LaunchCommand
 from rlhf.launcher.processes import RUN_MARK, Death, RunProcesses, remove_shared_memory
-from rlhf.launcher.watchdog import watchdog_variables
+from rlhf.launcher.watchdog import STOP, watchdog_variables
 
 POLL_SECONDS = 0.15
 # Time to write error files and leave, after the first rank failed, after a signal, and after all ranks have finished.
@@ -23,6 +23,7 @@ FAILURE_GRACE = 8.0
 SIGNAL_GRACE = 8.0
 FINISH_GRACE = 30.0
 _TAIL_LINES = 20
+_CLOCK_SLACK = 2.0  # Clocks of machines that share a file system differ.
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -66,6 +67,9 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
     """
     log = run_dir / "logs" / "launcher.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    stop = run_dir / STOP
+    stop.unlink(missing_ok=True)
+    started = time.time()
     mark = secrets.token_hex(8)
     environment = command.environment(os.environ) | watchdog_variables() | {RUN_MARK: mark}
     with caught_signals() as received, log.open("ab") as output:
@@ -80,8 +84,11 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
         )
         processes = RunProcesses(launcher.pid, mark)
         try:
-            deaths = _watch(launcher, processes, received, run_dir=run_dir, ranks=ranks, on_poll=on_poll)
+            deaths = _watch(launcher, processes, received, run_dir=run_dir, ranks=ranks, on_poll=on_poll, since=started)
+            _await_other_machines(command, run_dir, ranks, launcher)
         finally:
+            if not is_finished(run_dir, ranks):
+                stop.touch()
             processes.end(grace=0.0 if len(received) > 1 else 3.0)
             launcher.wait()
             on_poll()
@@ -91,7 +98,17 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
             return Outcome(128 + received[0], f"interrupted by {name}: all ranks have ended; logs: {run_dir / 'logs'}")
     if is_finished(run_dir, ranks):
         return Outcome(0)
-    return _failure(run_dir, deaths, launcher.returncode)
+    return _failure(run_dir, deaths, launcher.returncode, since=started)
+
+
+def _await_other_machines(
+    command: LaunchCommand, run_dir: Path, ranks: int, launcher: "subprocess.Popen[bytes]"
+) -> None:
+    """Give the ranks that other machines started time to write their markers."""
+    deadline = time.monotonic() + FINISH_GRACE
+    elsewhere = command.local_ranks is not None and len(command.local_ranks) < ranks
+    while elsewhere and launcher.poll() == 0 and not is_finished(run_dir, ranks) and time.monotonic() < deadline:
+        time.sleep(POLL_SECONDS)
 
 
 def _watch(
@@ -102,6 +119,7 @@ def _watch(
     run_dir: Path,
     ranks: int,
     on_poll: Callable[[], None],
+    since: float,
 ) -> list[Death]:
     """Wait until the launcher ends or has to be ended; return the ranks that died before."""
     deadline = float("inf")
@@ -114,7 +132,7 @@ def _watch(
             forwarded = True
             processes.send(received[0])
             deadline = min(deadline, now + SIGNAL_GRACE)
-        if _first_error(run_dir) is not None or _failed(run_dir, processes.deaths()):
+        if _first_error(run_dir, since=since) is not None or _failed(run_dir, processes.deaths()):
             deadline = min(deadline, now + FAILURE_GRACE)
         elif is_finished(run_dir, ranks):
             deadline = min(deadline, now + FINISH_GRACE)
@@ -126,11 +144,16 @@ def _failed(run_dir: Path, deaths: list[Death]) -> list[Death]:
     return [death for death in deaths if not (run_dir / "done" / f"rank{death.rank}").is_file()]
 
 
-def _first_error(run_dir: Path) -> dict[str, Any] | None:
-    """What the first rank that failed wrote, with its number as "rank"; an error of the user's goes before others."""
+def _first_error(run_dir: Path, *, since: float) -> dict[str, Any] | None:
+    """What the first rank that failed wrote, with its number as "rank"; an error of the user's goes before others.
+
+    What an earlier launch left there, before the time `since`, does not count.
+    """
     found = []
     for path in (run_dir / "errors").glob("rank*.json"):
         try:
+            if path.stat().st_mtime < since - _CLOCK_SLACK:
+                continue
             error = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue  # Still being written.
@@ -138,9 +161,9 @@ def _first_error(run_dir: Path) -> dict[str, Any] | None:
     return min(found, key=lambda item: item[:2])[2] if found else None
 
 
-def _failure(run_dir: Path, deaths: list[Death], launcher_code: int) -> Outcome:
+def _failure(run_dir: Path, deaths: list[Death], launcher_code: int, *, since: float) -> Outcome:
     """Say why a run failed: the user's error, else a rank that was killed, else a traceback, else what the logs say."""
-    error = _first_error(run_dir)
+    error = _first_error(run_dir, since=since)
     if error is not None and error["user_error"]:
         return Outcome(2, str(error["message"]))
     logs = f"logs: {run_dir / 'logs'}"

@@ -3,7 +3,7 @@
 import fcntl
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -13,14 +13,17 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.files import read_yaml, to_plain
 from rlhf.config.schema import Config
 
-CONFIG = "config.yaml"
+CONFIG, COMMAND = "config.yaml", "command.txt"
 _LOCK = ".lock"
 # What does not change what is trained.
-_IGNORED = ("run_dir", "cache_dir", "mode")
+_IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
+PLAN = "plan"  # What mode=plan writes into a run directory; it is no run.
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in values.items() if key not in _IGNORED}
+    kept = {key: value for key, value in values.items() if key not in _IGNORED}
+    # Each machine of launcher=no_ssh has its own number.
+    return kept | {"launcher": {key: value for key, value in kept["launcher"].items() if key != "node_rank"}}
 
 
 def with_run_dir(config: Config) -> Config:
@@ -33,20 +36,20 @@ def with_run_dir(config: Config) -> Config:
     return replace(config, run_dir=str(Path("runs", name).absolute()))
 
 
-def check_run_dir(run_dir: Path, config: Config, *, resumable: bool, finished: bool) -> bool:
-    """Return whether an unfinished pipeline is to be gone on with; raise ConfigError if the directory can't be used.
+def check_run_dir(run_dir: Path, config: Config, *, finished: bool) -> bool:
+    """Return whether an unfinished run is to be gone on with; raise ConfigError if the directory can't be used.
 
-    `resumable` is whether a run of this kind can go on, `finished` whether the directory holds a complete one.
+    `finished` is whether the directory holds a complete one.
     """
     if not run_dir.exists():
         return False
     if not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
     if not (run_dir / CONFIG).is_file():
-        if {entry.name for entry in run_dir.iterdir()} <= {_LOCK}:
+        if all(entry.name == PLAN or entry.name.startswith(_LOCK) for entry in run_dir.iterdir()):
             return False
         raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
-    way_out = "To train anew, give another run_dir= or delete that directory"
+    way_out = "To train anew, give another run_dir= and reuse=off, or delete that directory"
     changed = _differences(_identity(read_yaml(run_dir / CONFIG)), _identity(to_plain(config)))
     if changed:
         listed = ", ".join(changed[:8]) + (" …" if len(changed) > 8 else "")
@@ -57,8 +60,6 @@ def check_run_dir(run_dir: Path, config: Config, *, resumable: bool, finished: b
         report = run_dir / "report.html"
         where = f": its report is {report}" if report.is_file() else ""
         raise ConfigError(f"run_dir={run_dir} holds this very run, which has finished{where}. {way_out}")
-    if not resumable:
-        raise ConfigError(f"run_dir={run_dir} holds this very run, which did not finish. {way_out}")
     return True
 
 
@@ -75,11 +76,11 @@ def _differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> 
 
 
 @contextmanager
-def claimed(run_dir: Path) -> Iterator[None]:
+def claimed(run_dir: Path, *, name: str = _LOCK) -> Iterator[None]:
     """Create a run directory if need be and keep other launches away; raises ConfigError if one is at it."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        lock = (run_dir / _LOCK).open("a")
+        lock = (run_dir / name).open("a")
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
     with lock:
@@ -91,10 +92,21 @@ def claimed(run_dir: Path) -> Iterator[None]:
 
 
 def move_aside(directory: Path) -> Path | None:
-    """Rename a stage's half-written directory to <stage>.failed-<n> and return its new name; None if there is none."""
-    if not directory.exists():
+    """Move what a stage that did not finish left in its directory to failed-<n> within it; None if there is nothing."""
+    if not (directory / COMMAND).is_file():
         return None
     number = 1
-    while (target := directory.with_name(f"{directory.name}.failed-{number}")).exists():
+    while (target := directory / f"failed-{number}").exists():
         number += 1
-    return directory.rename(target)
+    target.mkdir()
+    for entry in list(directory.iterdir()):
+        if entry.name != PLAN and not entry.name.startswith((_LOCK, "failed-")):
+            entry.rename(target / entry.name)
+    return target
+
+
+def write_files(directory: Path, files: Mapping[str, str]) -> None:
+    """Write texts by name into a directory, which is created."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (directory / name).write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Ends a run's processes when launch.py is gone, so that even SIGKILL leaves no rank behind."""
+"""Ends a run's processes when launch.py is gone or has given up, so that not even SIGKILL leaves a rank behind."""
 
 import os
 import signal
@@ -9,6 +9,7 @@ from pathlib import Path
 
 LAUNCHER_PID = "RLHF_LAUNCHER_PID"
 LAUNCHER_START = "RLHF_LAUNCHER_START"
+STOP = "stop"  # launch.py writes it into a stage's directory; it reaches the ranks of other machines, too.
 _INTERVAL = 1.0
 
 
@@ -28,21 +29,20 @@ def watchdog_variables() -> dict[str, str]:
     return {LAUNCHER_PID: str(os.getpid()), LAUNCHER_START: start_time(os.getpid()) or ""}
 
 
-def start_watchdog(environment: Mapping[str, str] = os.environ) -> threading.Thread | None:
+def start_watchdog(run_dir: Path, environment: Mapping[str, str] = os.environ) -> threading.Thread:
     """Watch launch.py from a daemon thread of a rank; when it is gone, SIGKILL the rank's whole process group.
 
-    The group is the DeepSpeed launcher with all ranks. A rank that launch.py did not start has nothing to watch, and
-    a machine without /proc cannot: None is returned then.
+    The group is the DeepSpeed launcher with all ranks of a machine. A rank that launch.py did not start itself, or a
+    machine without /proc, has no process to watch, but every rank ends when the file `stop` appears in `run_dir`.
     """
     pid, started = environment.get(LAUNCHER_PID), environment.get(LAUNCHER_START)
-    if not pid or not started:
-        return None
-    thread = threading.Thread(target=_watch, args=(int(pid), started), name="launcher-watchdog", daemon=True)
+    watched = (int(pid), started) if pid and started else None
+    thread = threading.Thread(target=_watch, args=(run_dir / STOP, watched), name="launcher-watchdog", daemon=True)
     thread.start()
     return thread
 
 
-def _watch(pid: int, started: str) -> None:
-    while start_time(pid) == started:
+def _watch(stop: Path, watched: tuple[int, str] | None) -> None:
+    while not stop.exists() and (watched is None or start_time(watched[0]) == watched[1]):
         time.sleep(_INTERVAL)
     os.killpg(os.getpgid(0), signal.SIGKILL)

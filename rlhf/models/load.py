@@ -36,8 +36,15 @@ def load_causal_lm(
     model = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False
     )
+    fit_embedding(model, tokenizer)
     set_special_tokens(model, tokenizer)
     return cast(PreTrainedModel, model)
+
+
+def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the embedding a row for every token: a padding token that was added to a tokenizer may lie beyond it."""
+    if len(tokenizer) > int(model.config.get_text_config().vocab_size):
+        model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -120,6 +127,7 @@ def load_scalar_model(
         raise ConfigError(
             f"{directory}: the sequence classifier of {config.model_type} has no linear head named 'score'"
         )
+    fit_embedding(model, tokenizer)
     set_special_tokens(model, tokenizer)
     return ScalarModel(model)
 

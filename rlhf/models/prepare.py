@@ -100,7 +100,9 @@ def _unpack(model: ModelConfig) -> PreTrainedModel:
 
 def _save(built: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     partial = directory.with_name(directory.name + f".partial-{os.getpid()}")
-    shutil.rmtree(partial, ignore_errors=True)
-    built.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    os.replace(partial, directory)
+    try:
+        built.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        os.replace(partial, directory)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -48,7 +49,9 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     directory = Path(name_or_path)
     try:
         if (directory / "tokenizer.json").is_file():
-            return PreTrainedTokenizerFast.from_pretrained(str(directory))
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
+            if tokenizer.eos_token_id is not None:
+                return tokenizer  # Otherwise the tokenizer's own class knows its special tokens.
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
@@ -148,10 +151,8 @@ def _save(tokenizer: Any, target: Path) -> Path:
         tokenizer.save_pretrained(str(temporary))
         temporary.chmod(0o755)
         os.rename(temporary, target)
-    except OSError:
+    finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not target.is_dir():
-            raise
     return target
 
 
@@ -225,15 +226,46 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[lis
     if not prompts:
         return []
     turns = [[{"role": message.role, "content": message.content} for message in prompt] for prompt in prompts]
-    texts = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    texts = _rendered(tokenizer, turns)
+    encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token) or "(?!)")
+    for index, messages in enumerate(turns):
+        contents = [message["content"] for message in messages]
+        if any(special.search(content) for content in contents):
+            encoded[index] = _encode_around(tokenizer, texts[index], contents)
+    return encoded
+
+
+def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
+    from jinja2 import TemplateError
+
+    try:
+        texts: list[str] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
+    except (TemplateError, TypeError) as error:
+        raise ConfigError(f"the chat template fails: {error}. Mend it, or set model.chat_template") from error
+    if not all(texts):
+        raise ConfigError("the chat template makes nothing of a prompt: mend it, or set model.chat_template")
+    return texts
+
+
+def _encode_around(tokenizer: Any, text: str, contents: list[str]) -> list[int]:
+    """Token ids of a rendered prompt in which special tokens that stand in a message's content are plain text."""
+    ids: list[int] = []
+    for content in contents:
+        before, found, after = text.partition(content.strip())
+        if not found:
+            continue  # The template left this message out, or changed it.
+        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
+        ids += tokenizer(found, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        text = after
+    return ids + list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of answers, each with EOS at its end. Special tokens written out in a text stay what they are."""
+    """Token ids of answers, each with EOS at its end. Special tokens written out in a text are plain text."""
     if not texts:
         return []
-    encoded = tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 

@@ -7,19 +7,24 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.batch import PromptBatch, Rollout
-from rlhf.engine.generation import generation_mode
+from rlhf.engine.distributed import all_reduce_max
+from rlhf.engine.generation import generation_mode, is_partitioned
 from rlhf.functional.masking import response_mask_from_ids
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Sampling:
-    """How tokens are drawn. A temperature of 0 means greedy decoding."""
+    """How tokens are drawn. A temperature of 0 means greedy decoding.
+
+    `batch_size` prompts are answered together (None: all). `gather` says whether a ZeRO-3 model is gathered whole.
+    """
 
     temperature: float
     top_p: float
     top_k: int
     max_new_tokens: int
     batch_size: int | None
+    gather: bool = True
 
 
 def generate(
@@ -38,8 +43,15 @@ def generate(
         A rollout whose responses are padded to the longest one on this rank (R >= 1).
     """
     settings = _generation_config(tokenizer, sampling, vocab_size=engine.module.config.vocab_size, limit=vocab_limit)
-    with generation_mode(engine) as model, torch.no_grad():
-        parts = [_generate_part(model, part, settings) for part in prompts.split(sampling.batch_size or len(prompts))]
+    synced = not sampling.gather and is_partitioned(engine)
+    pieces = prompts.split(sampling.batch_size or len(prompts))
+    rounds = _most_of_any_rank(len(pieces), engine.device) if synced else len(pieces)
+    with generation_mode(engine, gather=sampling.gather) as model, torch.no_grad():
+        # Where all ranks have to take part in every step, one with fewer pieces answers its last one again.
+        parts = [
+            _generate_part(model, pieces[min(index, len(pieces) - 1)], settings, synced=synced)
+            for index in range(rounds)
+        ][: len(pieces)]
     width = prompts.prompt_ids.shape[1]
     longest = max(part.shape[1] for part in parts)
     pad_id = int(tokenizer.pad_token_id)
@@ -50,12 +62,16 @@ def generate(
     return Rollout(sequence_ids=sequences, prompt_mask=prompts.prompt_mask, response_mask=mask & generated)
 
 
-def _generate_part(model: Any, part: PromptBatch, settings: GenerationConfig) -> torch.Tensor:
+def _most_of_any_rank(count: int, device: torch.device) -> int:
+    return int(all_reduce_max(torch.tensor([count], device=device)))
+
+
+def _generate_part(model: Any, part: PromptBatch, settings: GenerationConfig, *, synced: bool) -> torch.Tensor:
     sequences: torch.Tensor = model.generate(
         input_ids=part.prompt_ids,
         attention_mask=part.prompt_mask.long(),
         generation_config=settings,
-        synced_gpus=False,
+        synced_gpus=synced,
     )
     return sequences
 

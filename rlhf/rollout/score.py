@@ -88,7 +88,7 @@ def encode_anew(
     if len(prompts.records) != len(prompts):
         raise ValueError("PromptBatch.records is empty: a reward model with another tokenizer needs the prompts' text")
     turns = [[Message(**message) for message in record["messages"]] for record in prompts.records]
-    encoded = tokenizer(responses, add_special_tokens=False)["input_ids"]
+    encoded = tokenizer(responses, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [
         [*prompt, *response, *([int(tokenizer.eos_token_id)] if end else [])]
         for prompt, response, end in zip(encode_prompts(tokenizer, turns), encoded, ended, strict=True)

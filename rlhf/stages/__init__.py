@@ -40,7 +40,7 @@ def register_schemas() -> None:
     store = ConfigStore.instance()
     store.store(group="schema", name="config", node=Config)
     defaults = Config()
-    for group in ("model", "data", "hardware", "memory", "rollout", "scorer", "tracking", "launcher"):
+    for group in ("model", "data", "hardware", "memory", "lora", "rollout", "scorer", "tracking", "launcher"):
         store.store(group="schema", name=group, node=type(getattr(defaults, group)))
     for name in stage_names():
         store.store(group="schema/stage", name=name, node=stage_config_class(name))

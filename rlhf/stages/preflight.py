@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from rlhf.config.errors import DataError
-from rlhf.config.schema import Config, ModelConfig, StageConfig, WeightSource
+from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
+from rlhf.data.sources import source_module
 from rlhf.models.tokenizer import prepare_tokenizer
 from rlhf.stages.pipeline.config import PipelineConfig
 from rlhf.stages.ppo.config import PPOConfig
@@ -23,6 +24,22 @@ class Preflight:
     tokenizer_dir: Path
     reward_tokenizer_dir: Path
     data: PreparedData
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know of the data, one sentence each."""
+        counts = self.data.counts
+        found = [f"data: {note}" for note in counts["mix"]]
+        for what in ("dropped", "truncated"):
+            if counts[what]:
+                listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())
+                found.append(f"data: {what}: {listed}; listed in {self.data.problems_file}")
+        if not counts["template_agrees"]:
+            found.append(
+                "warning: the chat template does not end an answer with the tokenizer's EOS: training ends answers "
+                "with EOS all the same, so other programs that use the template will see another end"
+            )
+        return found
 
 
 def cache_directory(config: Config) -> Path:
@@ -70,6 +87,18 @@ def _check_sizes(data: PreparedData, stage: StageConfig) -> None:
             )
 
 
+def _check_judge(config: Config) -> None:
+    """Raise ConfigError if the judge that PPO will ask cannot be had."""
+    if config.data.judge is None or not isinstance(config.stage, PPOConfig | PipelineConfig):
+        return
+    module = source_module(config.data.judge, key="data.judge")
+    if not hasattr(module, "judge_texts"):
+        raise ConfigError(
+            f"data.judge={config.data.judge}: this kind of source has no texts for a judge; set data.judge=null"
+        )
+    module.content_digest(SourceConfig(kind=config.data.judge), name="judge")
+
+
 def preflight(config: Config) -> Preflight:
     """Prepare tokenizers and data, or find them prepared; raises ConfigError or DataError for what the user can mend.
 
@@ -77,12 +106,17 @@ def preflight(config: Config) -> Preflight:
     of its first stage's tokenizer; where the reward model has a tokenizer of its own, its data are prepared as well.
     """
     cache_dir = cache_directory(config)
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cache_dir={cache_dir} cannot be written: {error.strerror}; give another") from error
     prepare = partial(
         prepare_tokenizer,
         texts=lambda: training_texts(config.data),
         fingerprint=content_fingerprint(config.data),
         cache_dir=cache_dir,
     )
+    _check_judge(config)
     model, reward_model = _models(config)
     tokenizer_dir = prepare(model)
     reward_tokenizer_dir = tokenizer_dir if reward_model == model else prepare(reward_model)

@@ -1,16 +1,17 @@
 """What every stage has at hand on a rank: device, tokenizer, data and the recorder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf.config.schema import Config, ModelConfig
+from rlhf.config.roles import Role
+from rlhf.config.schema import Config, MemoryConfig, ModelConfig
 from rlhf.data.prepare import PreparedData
 from rlhf.engine.build import DTYPES
 from rlhf.engine.distributed import (
@@ -21,8 +22,10 @@ from rlhf.engine.distributed import (
     seed_everything,
     world_size,
 )
+from rlhf.models.lora import add_adapters
 from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
+from rlhf.rollout.generate import Sampling
 from rlhf.stages.preflight import preflight
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
@@ -57,10 +60,7 @@ class Session:
 
     def reduced_metrics(self) -> dict[str, float]:
         """The accumulated metrics over all ranks; the accumulator starts anew. Every rank must call."""
-        return self.accumulator.flush(self._reduce(all_reduce_sum), self._reduce(all_reduce_max))
-
-    def _reduce(self, collective: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda values: collective(values.to(self.device)).cpu()
+        return self.accumulator.flush(all_reduce_sum, all_reduce_max)
 
     @property
     def pad_id(self) -> int:
@@ -123,7 +123,7 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
         data=prepared.data,
         base=base_path,
         recorder=Recorder(run_dir, stage=config.stage.name, is_main=is_main, trackers=trackers, total_steps=0),
-        accumulator=MetricAccumulator(),
+        accumulator=MetricAccumulator(device=device),
     )
 
 
@@ -133,13 +133,42 @@ def count_steps(*, batches_per_epoch: int, epochs: float, max_steps: int | None)
     return steps if max_steps is None else min(steps, max_steps)
 
 
+def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
+    """Put adapters into a role's model, if the run's options say so. Before its engine is built."""
+    if not config.lora.adapts(role.name):
+        return
+    assert config.lora.rank is not None
+    chosen: ModelConfig = getattr(config, role.model_key)
+    add_adapters(
+        model,
+        rank=config.lora.rank,
+        alpha=config.lora.alpha if config.lora.alpha is not None else 2.0 * config.lora.rank,
+        dropout=config.lora.dropout,
+        targets=chosen.lora_targets if config.lora.targets is None else config.lora.targets,
+        seed=config.seed,
+    )
+
+
+def sampling_of(config: Config) -> Sampling:
+    """How responses are drawn in a run."""
+    rollout = config.rollout
+    return Sampling(
+        temperature=rollout.temperature,
+        top_p=rollout.top_p,
+        top_k=rollout.top_k,
+        max_new_tokens=rollout.max_new_tokens or config.data.max_response_length,
+        batch_size=rollout.batch_size_per_gpu,
+        gather=rollout.gather is not False,
+    )
+
+
 def global_count(session: Session, masks: Sequence[Tensor]) -> float:
     """True entries of the masks, over all ranks."""
     local = torch.stack([mask.sum() for mask in masks]).sum().to(session.device)
     return float(all_reduce_sum(local.float()))
 
 
-def enable_checkpointing(model: Any, *, enabled: bool) -> None:
-    """Recompute activations in the backward pass, if configured."""
-    if enabled:
+def enable_checkpointing(model: Any, role: Role, *, memory: MemoryConfig) -> None:
+    """Recompute activations in the backward pass, if the role's memory asks for it."""
+    if memory.of_role(role.name, trained=role.optimizer is not None).gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})

@@ -71,7 +71,7 @@ class MetricAccumulator:
 
     def _scalar(self, name: str, value: float | Tensor) -> Tensor:
         if not isinstance(value, Tensor):
-            return torch.tensor(float(value), dtype=torch.float64)
+            return torch.tensor(float(value), dtype=torch.float64, device=self._device)
         if value.numel() != 1:
             raise ValueError(f"metric {name!r}: a tensor of shape {list(value.shape)} where one number is needed")
         return value.detach().reshape(()).to(self._device, torch.float64, non_blocking=True)

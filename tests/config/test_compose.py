@@ -1,7 +1,6 @@
 """Every composition of the groups under conf/, and what is said about those that cannot be."""
 
 from dataclasses import fields, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +13,16 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.explain import explain
 from rlhf.config.fields import undocumented
 from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig
-from rlhf.config.validate import find_problems
-from rlhf.launcher.hardware import Machine, resolve
+from rlhf.launcher.hardware import Gpu, Machine, resolve
 from rlhf.stages import from_composed, read_config, register_schemas, stage_config_class, stage_names, write_config
 
 CONF = Path(__file__).parents[2] / "conf"
-LAPTOP = Machine(cores=4, gpus=(), cpu_bf16=True, gpu_bf16=False)
+LAPTOP = Machine(cores=4, gpus=(), cpu_bf16=True, host_memory_gib=24.0)
+
+
+def gpu(index: int, name: str = "NVIDIA A100-SXM4-80GB", *, capability: float = 8.0) -> Gpu:
+    """A GPU of a machine."""
+    return Gpu(index=index, name=name, memory_gib=80.0, capability=capability)
 
 
 def composed(*overrides: str) -> Config:
@@ -41,26 +44,7 @@ def message(*overrides: str) -> str:
     return explain(raised.value)
 
 
-@pytest.mark.parametrize("stage", stage_names())
-def test_every_composition_is_valid(stage: str, tmp_path: Path) -> None:
-    rows, weights = tmp_path / "rows.jsonl", tmp_path / "config.json"
-    rows.write_text("{}")
-    weights.write_text("{}")
-    for model, data, memory in product(options("model"), options("data"), options("memory")):
-        given = [f"stage={stage}", f"model={model}", f"data={data}", f"memory={memory}", "mode=plan"]
-        given += [f"model.path={tmp_path}"] if model == "hf" else []
-        given += [f"data.sources.main.path={rows}"] if data == "files" else []
-        config = resolve(composed(*given), LAPTOP)
-        problems = [p for p in find_problems(config, gpus=0) if "is not installed" not in p]
-        assert problems == [], given
-        assert (config.stage.name, config.model.name, config.data.name) == (stage, model, data)
-        assert type(config.stage) is stage_config_class(stage)
-        assert config.memory.zero_stage == int(memory[-1])
-        write_config(config, tmp_path / "written.yaml")
-        assert read_config(tmp_path / "written.yaml") == config
-
-
-@pytest.mark.parametrize("group", ["hardware", "rollout", "scorer", "tracking", "launcher"])
+@pytest.mark.parametrize("group", ["rollout", "scorer", "tracking", "launcher", "lora"])
 def test_the_other_groups_compose(group: str) -> None:
     for option in options(group):
         assert composed(f"{group}={option}").seed == 1
@@ -94,7 +78,7 @@ def test_the_reward_model_is_the_model_unless_another_is_chosen() -> None:
         ("stage=sfft", "stage=sfft: there is no such option; did you mean stage=sft?"),
         ("stge=sft", "unknown key stge: did you mean stage?"),
         ("stage.ppo.kl_coeff=1", "unknown key stage.ppo.kl_coeff: did you mean stage.ppo.kl_coef?"),
-        ("+stage.typo=1", "unknown key stage.typo: valid keys in stage are name, sft, rm, ppo"),
+        ("+stage.typo=1", "unknown key stage.typo: valid keys in stage are name, objective, sft, rm, ppo"),
         ("+sede=1", "unknown key sede: did you mean seed?"),
         ("stage.ppo.kl_coef=much", "stage.ppo.kl_coef: Value 'much' of type 'str' could not be converted to Float"),
         ("memory.precision=bf61", "expected one of [auto, bf16, fp16, fp32]"),
@@ -150,11 +134,12 @@ def test_everything_automatic_is_decided() -> None:
     assert cpu.memory.precision is Precision.fp32
     assert cpu.data.sources["main"].path == str(Path("rows.jsonl").absolute())
     assert cpu.run_dir == str(Path("r").absolute())
-    gpu = resolve(config, Machine(cores=32, gpus=(2, 3), cpu_bf16=True, gpu_bf16=False))
-    assert (gpu.hardware.accelerator, gpu.hardware.gpus_per_node, gpu.hardware.threads_per_rank) == (
+    old = tuple(gpu(index, "Tesla V100", capability=7.0) for index in (2, 3))
+    found = resolve(config, Machine(cores=32, gpus=old, cpu_bf16=True))
+    assert (found.hardware.accelerator, found.hardware.gpus_per_node, found.hardware.threads_per_rank) == (
         Accelerator.cuda,
         2,
         16,
     )
-    assert gpu.memory.precision is Precision.fp16
-    assert gpu.reward_model != ModelConfig()
+    assert found.memory.precision is Precision.fp16
+    assert found.reward_model != ModelConfig()

@@ -15,7 +15,7 @@ from rlhf.launcher.watchdog import start_watchdog
 def main(run_dir: Path, behaviour: str) -> int:
     """Behave as told and return the exit code."""
     rank = int(os.environ["RANK"])
-    start_watchdog()
+    start_watchdog(run_dir)
     (run_dir / f"pid{rank}").write_text(f"{os.getpid()} {os.getppid()}", encoding="ascii")
     try:
         if behaviour != "finish":

@@ -1,5 +1,6 @@
 """The command line of launch.py: what it says, with which exit code, and what it does not write."""
 
+import csv
 import json
 import os
 import subprocess
@@ -20,25 +21,52 @@ def launch(folder: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(argv, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
-def test_a_plan_shows_commands_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_plan_shows_commands_and_writes_them(tmp_path: Path) -> None:
     done = launch(tmp_path, "mode=plan", "hardware=cpu", "memory=zero3")
     assert (done.returncode, done.stderr) == (0, "")
     commands = [line for line in done.stdout.splitlines() if "--module rlhf --config" in line]
     assert len(commands) == 3
     assert all("--num_accelerators 2" in line and "DS_ACCELERATOR=cpu" in line for line in commands)
     blocks = done.stdout.split("# Stage ppo: DeepSpeed configuration of the ")[1:]
-    rendered = {block.split("\n")[0]: json.loads(block.split("\n", 1)[1].split("\n# ")[0]) for block in blocks}
+    rendered = {block.split("\n")[0]: json.loads(block.split("\n", 1)[1].split("\n\n# ")[0]) for block in blocks}
     assert list(rendered) == ["actor", "critic", "reference", "reward model"]
     assert rendered["actor"]["zero_optimization"]["stage"] == 3
-    assert SECRET not in done.stdout
-    assert list(tmp_path.iterdir()) == []
+    assert "stage.ppo.kl_coef=0.07" in done.stdout
+    assert "conf/tuned/ppo-tiny.yaml" in done.stdout
+    (folder,) = tmp_path.glob("runs/*/plan")
+    assert json.loads((folder / "ppo-actor.json").read_text()) == rendered["actor"]
+    assert {path.name for path in folder.iterdir()} >= {"plan.txt", "config.yaml", "sft-model.json", "ppo-critic.json"}
+    assert SECRET not in done.stdout + "".join(path.read_text() for path in folder.iterdir())
+    again = launch(tmp_path, "mode=plan", "hardware=cpu", "memory=zero3")
+    assert again.returncode == 0  # A plan in a run directory keeps nobody from planning or running there.
 
 
-def test_a_sweep_plans_every_job_and_tells_of_those_that_cannot_be(tmp_path: Path) -> None:
+def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
     done = launch(tmp_path, "-m", "seed=1,2", "stage=sft", "stage.batch_size=64,63", "mode=plan", "hardware=cpu")
     assert done.returncode == 2
-    assert done.stdout.count("--module rlhf") == 2
     assert done.stderr.count("stage.batch_size=63") == 2
+    assert "== 4 jobs, 2 failed" in done.stdout
+    (table,) = tmp_path.glob("runs/sweeps/*/summary.csv")
+    rows = list(csv.DictReader(table.open()))
+    assert [(row["seed"], row["stage.batch_size"], row["state"]) for row in rows] == [
+        ("1", "64", "done"),
+        ("1", "63", "failed"),
+        ("2", "64", "done"),
+        ("2", "63", "failed"),
+    ]
+    assert table.with_name("summary.png").stat().st_size > 1000
+    assert all(Path(row["run"], "plan", "plan.txt").is_file() for row in rows if row["state"] == "done")
+
+
+def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
+    done = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_coef", "stage.ppo.kl_coef=0.1")
+    assert done.returncode == 0
+    assert "Weight of the per-token KL penalty" in done.stdout
+    assert "default  0.05" in done.stdout and "0.1  (from the command line)" in done.stdout
+    tuned = launch(tmp_path, "mode=explain", "key=stage.ppo.iterations")
+    assert "44  (from conf/tuned/ppo-tiny.yaml)" in tuned.stdout
+    unknown = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_cof")
+    assert (unknown.returncode, "did you mean stage.ppo.kl_coef" in unknown.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []
 
 

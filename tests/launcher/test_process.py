@@ -12,7 +12,7 @@ import pytest
 
 from rlhf.launcher.command import PROJECT
 from rlhf.launcher.processes import remove_shared_memory
-from rlhf.launcher.watchdog import start_time, start_watchdog
+from rlhf.launcher.watchdog import start_time
 
 DRIVE = Path(__file__).with_name("drive.py")
 
@@ -125,6 +125,15 @@ def test_only_the_runs_own_shared_memory_is_deleted(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {names[1], "torch_18_33_0", "nccl-abc"}
 
 
-def test_without_a_launcher_there_is_nothing_to_watch() -> None:
-    assert start_watchdog({}) is None
-    assert start_watchdog({"RLHF_LAUNCHER_PID": str(os.getpid()), "RLHF_LAUNCHER_START": ""}) is None
+def test_a_rank_that_launch_py_did_not_start_ends_when_it_is_told_to(tmp_path: Path) -> None:
+    script = (
+        "import pathlib, sys, time; from rlhf.launcher.watchdog import start_watchdog;"
+        "start_watchdog(pathlib.Path(sys.argv[1]), {}); print('watching', flush=True); time.sleep(60)"
+    )
+    argv = [sys.executable, "-c", script, str(tmp_path)]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    rank = subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, start_new_session=True)
+    assert rank.stdout is not None and rank.stdout.readline() == b"watching\n"
+    assert rank.poll() is None
+    (tmp_path / "stop").touch()
+    assert rank.wait(timeout=20) == -signal.SIGKILL

@@ -10,7 +10,7 @@ import pytest
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.files import write_config
-from rlhf.config.schema import Accelerator, Config, HardwareConfig, Mode, ModelConfig
+from rlhf.config.schema import Accelerator, Config, HardwareConfig, LauncherConfig, Mode, ModelConfig, Reuse
 from rlhf.launcher.command import launch_command
 from rlhf.launcher.hardware import cpu_computes_bf16, is_path
 from rlhf.launcher.progress import ProgressFollower
@@ -34,29 +34,31 @@ def test_the_name_tells_runs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert re.fullmatch(rf"{tmp_path}/runs/pipeline-tiny--seed1-[0-9a-f]{{8}}", name)
     assert with_run_dir(config(mode=Mode.plan)).run_dir == name
     assert with_run_dir(config(cache_dir="/elsewhere")).run_dir == name
+    assert with_run_dir(config(reuse=Reuse.off)).run_dir == name
+    assert with_run_dir(config(launcher=LauncherConfig(node_rank=1))).run_dir == name
     assert with_run_dir(config(seed=2)).run_dir != name
     assert with_run_dir(config(run_dir="/given")).run_dir == "/given"
 
 
 def test_a_directory_is_used_only_if_it_is_free_or_can_go_on(tmp_path: Path) -> None:
     run_dir, settings = tmp_path / "run", config()
-    assert check_run_dir(run_dir, settings, resumable=True, finished=False) is False
+    assert check_run_dir(run_dir, settings, finished=False) is False
     run_dir.mkdir()
-    assert check_run_dir(run_dir, settings, resumable=True, finished=False) is False
+    assert check_run_dir(run_dir, settings, finished=False) is False
+    (run_dir / "plan").mkdir()  # What mode=plan leaves is no run.
+    assert check_run_dir(run_dir, settings, finished=False) is False
     (run_dir / "notes.txt").touch()
     with pytest.raises(ConfigError, match="holds no run"):
-        check_run_dir(run_dir, settings, resumable=True, finished=False)
+        check_run_dir(run_dir, settings, finished=False)
     write_config(settings, run_dir / "config.yaml")
-    assert check_run_dir(run_dir, settings, resumable=True, finished=False) is True
-    with pytest.raises(ConfigError, match="did not finish"):
-        check_run_dir(run_dir, settings, resumable=False, finished=False)
+    assert check_run_dir(run_dir, settings, finished=False) is True
     (run_dir / "report.html").touch()
     with pytest.raises(ConfigError, match=r"has finished: its report is .*report\.html"):
-        check_run_dir(run_dir, settings, resumable=True, finished=True)
+        check_run_dir(run_dir, settings, finished=True)
     with pytest.raises(ConfigError, match=r"in seed"):
-        check_run_dir(run_dir, config(seed=5), resumable=True, finished=False)
+        check_run_dir(run_dir, config(seed=5), finished=False)
     with pytest.raises(ConfigError, match="is a file"):
-        check_run_dir(run_dir / "notes.txt", settings, resumable=True, finished=False)
+        check_run_dir(run_dir / "notes.txt", settings, finished=False)
 
 
 def test_only_one_launch_writes_a_directory(tmp_path: Path) -> None:
@@ -68,9 +70,14 @@ def test_only_one_launch_writes_a_directory(tmp_path: Path) -> None:
 
 def test_half_written_stages_are_kept_aside(tmp_path: Path) -> None:
     assert move_aside(tmp_path / "sft") is None
+    (tmp_path / "sft" / "plan").mkdir(parents=True)
+    assert move_aside(tmp_path / "sft") is None
     for number in (1, 2):
-        (tmp_path / "sft").mkdir()
-        assert move_aside(tmp_path / "sft") == tmp_path / f"sft.failed-{number}"
+        (tmp_path / "sft" / "command.txt").write_text(str(number))
+        (tmp_path / "sft" / ".lock").touch()
+        assert move_aside(tmp_path / "sft") == tmp_path / "sft" / f"failed-{number}"
+        assert (tmp_path / "sft" / f"failed-{number}" / "command.txt").read_text() == str(number)
+    assert {path.name for path in (tmp_path / "sft").iterdir()} == {".lock", "plan", "failed-1", "failed-2"}
 
 
 def test_each_stage_takes_the_formers_model(tmp_path: Path) -> None:

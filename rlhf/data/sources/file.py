@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ def source_files(source: SourceConfig, *, name: str) -> list[Path]:
 def _content(file: Path) -> bytes:
     try:
         return gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{file} cannot be read: {error}") from error
 
 
@@ -68,6 +69,8 @@ def _problem(row: Any, columns: tuple[str, ...]) -> str | None:
             return f'"{column}" must be text, not {type(row[column]).__name__}'
         if not row[column].strip():
             return f'"{column}" is empty'
+        if any("\ud800" <= character <= "\udfff" for character in row[column]):
+            return f'"{column}" holds half of a surrogate pair, which is no text'
     return None
 
 

@@ -14,6 +14,7 @@ class PipelineConfig(StageConfig):
     """SFT, reward model and PPO in this order, each its own launch, each taking the former's output."""
 
     name: str = option("pipeline", "The stage: a folder of rlhf/stages.")
+    objective: str = option("eval/score", "The metric of the last evaluation that a sweep compares runs by.")
     sft: SFTConfig = option_factory(SFTConfig, "Supervised fine-tuning.")
     rm: RMConfig = option_factory(RMConfig, "Reward-model training.")
     ppo: PPOConfig = option_factory(PPOConfig, "Policy optimisation.")

@@ -20,8 +20,9 @@ from rlhf.models.load import (
     load_scalar_model,
     vocabulary_limit,
 )
+from rlhf.models.lora import AdaptersOff
 from rlhf.stages.ppo.config import PPOConfig
-from rlhf.stages.session import enable_checkpointing
+from rlhf.stages.session import adapt, enable_checkpointing
 
 
 class DeepSpeedRLHFEngine:
@@ -68,7 +69,9 @@ class DeepSpeedRLHFEngine:
                 f"{reward_directory} is not a reward model: train one with stage=rm and give its directory"
             )
         self.actor_model, self.actor = self._causal("actor", actor_model_name_or_path)
-        _, self.reference = self._causal("reference", actor_model_name_or_path)
+        # With its adapters off, an adapted actor is the model that it started from: no second copy is kept.
+        adapted = args.lora.adapts("actor")
+        self.reference = AdaptersOff(self.actor) if adapted else self._causal("reference", actor_model_name_or_path)[1]
         critic_start = critic_model_name_or_path if reward_tokenizer is None else actor_model_name_or_path
         self.critic_model, self.critic = self._scalar("critic", critic_start, tokenizer)
         self.reward_model, self.reward = self._scalar(
@@ -93,7 +96,11 @@ class DeepSpeedRLHFEngine:
         role, memory = self._roles[name], self.args.memory
         with partitioned_loading(role, memory=memory, ranks=world_size()):
             model = load_causal_lm(
-                directory, self.tokenizer, dtype=DTYPES[memory.precision], attention=self.args.model.attention
+                directory,
+                self.tokenizer,
+                dtype=DTYPES[memory.precision],
+                attention=self.args.model.attention,
+                revision=self.args.model.revision if directory == self.args.model.path else None,
             )
         disable_dropout(model)
         return model, self._engine(model, model, role)
@@ -110,5 +117,7 @@ class DeepSpeedRLHFEngine:
         return model, self._engine(model, model.classifier, role)
 
     def _engine(self, module: Any, model: PreTrainedModel, role: Role) -> Any:
-        enable_checkpointing(model, enabled=self.args.memory.gradient_checkpointing and role.optimizer is not None)
+        if role.optimizer is not None:
+            adapt(model, self.args, role)
+        enable_checkpointing(model, role, memory=self.args.memory)
         return build_engine(module, role, memory=self.args.memory, ranks=world_size(), total_steps=self._total_steps)

@@ -21,9 +21,10 @@ from rlhf.rollout.forward import (
     response_logprobs_and_entropy,
     response_values,
 )
-from rlhf.rollout.generate import Sampling, generate
+from rlhf.rollout.generate import generate
 from rlhf.rollout.score import RewardModelScorer, ended_with_eos
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
+from rlhf.stages.session import sampling_of
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
 
@@ -49,19 +50,13 @@ class DeepSpeedPPOTrainer:
         self.engine = engine
         self.args = args if args is not None else engine.args
         self.stage = engine.stage
-        self.metrics = accumulator if accumulator is not None else MetricAccumulator()
+        self.metrics = accumulator or MetricAccumulator(device=engine.actor.device)
         self._recorder = recorder
         self.kl_coef = self.stage.kl_coef
         self.iteration = 0
         self._first_update = False
         self.shown_warnings: set[str] = set()
-        self.sampling = Sampling(
-            temperature=self.args.rollout.temperature,
-            top_p=self.args.rollout.top_p,
-            top_k=self.args.rollout.top_k,
-            max_new_tokens=self.args.rollout.max_new_tokens or self.args.data.max_response_length,
-            batch_size=self.args.rollout.batch_size_per_gpu,
-        )
+        self.sampling = sampling_of(self.args)
         self.scorer = RewardModelScorer(
             engine=engine.reward,
             mean=engine.score_mean if self.args.scorer.normalize else 0.0,

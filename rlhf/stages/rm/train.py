@@ -21,7 +21,7 @@ from rlhf.functional.losses import preference_loss
 from rlhf.models.load import ScalarModel, load_scalar_model
 from rlhf.rollout.forward import sequence_scores
 from rlhf.stages.rm.config import RMConfig
-from rlhf.stages.session import Session, count_steps, enable_checkpointing, open_session
+from rlhf.stages.session import Session, adapt, count_steps, enable_checkpointing, open_session
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -48,9 +48,11 @@ def run(config: Config, run_dir: Path) -> None:
             session.tokenizer,
             dtype=session.dtype,
             attention=config.reward_model.attention,
+            revision=None if stage.sft_model else config.reward_model.revision,
         )
     new_head(model, seed=config.seed)
-    enable_checkpointing(model.classifier, enabled=config.memory.gradient_checkpointing)
+    adapt(model.classifier, config, role)
+    enable_checkpointing(model.classifier, role, memory=config.memory)
     engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
     seed_everything(config.seed + session.rank)
 
@@ -60,10 +62,10 @@ def run(config: Config, run_dir: Path) -> None:
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, step=step)
 
-    with session.recorder.phase("samples"):
-        record_samples(session, engine, step=total_steps)
     with session.recorder.phase("export"):
         export_reward_model(session, engine, model, latest)
+    with session.recorder.phase("samples"):
+        record_samples(session, engine, step=total_steps)
     session.finish(before=before, after=latest)
 
 

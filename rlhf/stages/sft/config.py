@@ -12,12 +12,15 @@ class SFTConfig(StageConfig):
     """Next-token training on the response tokens of the demonstrations."""
 
     name: str = option("sft", "The stage: a folder of rlhf/stages.")
+    objective: str = option("eval/loss", "The metric of the last evaluation that a sweep compares runs by.")
     batch_size: int = option(64, "Sequences per optimizer step, over all ranks.")
     micro_batch_size_per_gpu: int = option(8, "Sequences per forward and backward pass on one rank.")
-    epochs: float = option(1.0, "Passes over the training part.")
-    max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.")
-    eval_every: int = option(100, "Optimizer steps between evaluations; there is one before and one after in any case.")
-    eval_examples: int = option(512, "Held-out examples per evaluation at most.")
+    epochs: float = option(1.0, "Passes over the training part.", above=0)
+    max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.", minimum=1)
+    eval_every: int = option(
+        100, "Optimizer steps between evaluations; there is one before and one after in any case.", minimum=1
+    )
+    eval_examples: int = option(512, "Held-out examples per evaluation at most.", minimum=1)
     optimizer: OptimizerConfig = option_factory(OptimizerConfig, "Optimizer of the model.")
 
     def roles(self) -> list[Role]:
@@ -28,9 +31,22 @@ class SFTConfig(StageConfig):
                 optimizer=self.optimizer,
                 batch_size=self.batch_size,
                 micro_batch_size_per_gpu=self.micro_batch_size_per_gpu,
+                generates=True,
             )
         ]
 
     def problems(self, prefix: str, ranks: int) -> list[str]:
         """Batch sizes that do not divide."""
         return divisibility_problems(f"{prefix}.batch_size", self.batch_size, self.micro_batch_size_per_gpu, ranks)
+
+    def inputs(self) -> tuple[str, ...]:
+        """What its training reads; sampling and scoring come later."""
+        return ("model", "memory", "lora")
+
+    def schedule(self) -> list[str]:
+        """The optimizer steps, which the number of rows decides unless `max_steps` does."""
+        bound = f", at most {self.max_steps}" if self.max_steps is not None else ""
+        return [
+            f"{self.epochs:g} epochs: {self.epochs:g} × rows / {self.batch_size} optimizer steps{bound}; the schedule "
+            f"is {self.optimizer.schedule.name} over all of them"
+        ]

@@ -20,9 +20,17 @@ from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.losses import sft_loss
 from rlhf.functional.masking import position_ids
 from rlhf.models.load import load_causal_lm, vocabulary_limit
-from rlhf.rollout.generate import Sampling, generate
+from rlhf.rollout.generate import generate
 from rlhf.rollout.score import ended_with_eos, response_texts
-from rlhf.stages.session import Session, count_steps, enable_checkpointing, global_count, open_session
+from rlhf.stages.session import (
+    Session,
+    adapt,
+    count_steps,
+    enable_checkpointing,
+    global_count,
+    open_session,
+    sampling_of,
+)
 from rlhf.stages.sft.config import SFTConfig
 
 
@@ -47,9 +55,14 @@ def run(config: Config, run_dir: Path) -> None:
     (role,) = stage.roles()
     with partitioned_loading(role, memory=config.memory, ranks=session.ranks):
         model = load_causal_lm(
-            session.base or "", session.tokenizer, dtype=session.dtype, attention=config.model.attention
+            session.base or "",
+            session.tokenizer,
+            dtype=session.dtype,
+            attention=config.model.attention,
+            revision=config.model.revision,
         )
-    enable_checkpointing(model, enabled=config.memory.gradient_checkpointing)
+    adapt(model, config, role)
+    enable_checkpointing(model, role, memory=config.memory)
     engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
     seed_everything(config.seed + session.rank)
     vocab_limit = vocabulary_limit(model, session.tokenizer)
@@ -60,10 +73,10 @@ def run(config: Config, run_dir: Path) -> None:
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, vocab_limit=vocab_limit, step=step)
 
-    with session.recorder.phase("samples"):
-        record_samples(session, engine, vocab_limit=vocab_limit, step=total_steps)
     with session.recorder.phase("export"):
         export_model(engine, model, session.tokenizer, run_dir / "model")
+    with session.recorder.phase("samples"):
+        record_samples(session, engine, vocab_limit=vocab_limit, step=total_steps)
     session.finish(before=before, after=latest)
 
 
@@ -135,19 +148,13 @@ def evaluate(session: Session, engine: Any, *, vocab_limit: int, step: int) -> d
 
 
 def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int, count: int = 10) -> None:
-    """Answer a few held-out prompts."""
-    config = session.config
-    rows = session.data.part("ppo", held_out=True)
+    """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else this stage's own."""
+    rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
     rows = rows.select(range(min(count, len(rows)))).to_list()
     prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
-    sampling = Sampling(
-        temperature=config.rollout.temperature,
-        top_p=config.rollout.top_p,
-        top_k=config.rollout.top_k,
-        max_new_tokens=config.rollout.max_new_tokens or config.data.max_response_length,
-        batch_size=None,
+    rollout = generate(
+        engine, prompts, tokenizer=session.tokenizer, sampling=sampling_of(session.config), vocab_limit=vocab_limit
     )
-    rollout = generate(engine, prompts, tokenizer=session.tokenizer, sampling=sampling, vocab_limit=vocab_limit)
     ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
     lengths = rollout.response_mask.sum(dim=1).tolist()
     texts = response_texts(rollout, session.tokenizer)

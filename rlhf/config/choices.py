@@ -1,0 +1,76 @@
+"""The options of the configuration that are one of a few words."""
+
+from enum import Enum
+
+
+class Precision(Enum):
+    """The number format of the weights that compute; the optimizer's master weights are always fp32."""
+
+    auto = "auto"
+    bf16 = "bf16"
+    fp16 = "fp16"
+    fp32 = "fp32"
+
+
+class Schedule(Enum):
+    """How the learning rate moves after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WeightSource(Enum):
+    """Where a model's weights come from."""
+
+    pretrained = "pretrained"
+    scratch = "scratch"
+    gguf_package = "gguf_package"
+
+
+class Accelerator(Enum):
+    """The kind of device that ranks run on."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class DataFormat(Enum):
+    """The columns of a data source's rows."""
+
+    preference = "preference"
+    prompt = "prompt"
+
+
+class OnProblem(Enum):
+    """What to do with a row that cannot be used."""
+
+    error = "error"
+    skip = "skip"
+
+
+class Mode(Enum):
+    """What `launch.py` does with the configuration."""
+
+    run = "run"
+    plan = "plan"
+    explain = "explain"
+
+
+class Reuse(Enum):
+    """Whether a stage that was trained before with the same inputs is taken over."""
+
+    auto = "auto"
+    off = "off"
+
+
+class LauncherKind(Enum):
+    """How the ranks of several machines are started."""
+
+    local = "local"
+    pdsh = "pdsh"
+    openmpi = "openmpi"
+    mpich = "mpich"
+    slurm = "slurm"
+    no_ssh = "no_ssh"

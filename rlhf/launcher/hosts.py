@@ -1,0 +1,145 @@
+"""The machines of a run: reading a hostfile, choosing from it, and what is wrong with the launcher's options."""
+
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.config.explain import did_you_mean
+from rlhf.config.schema import Config, LauncherConfig, LauncherKind, Mode
+
+# The program that a kind of launcher runs, and the Debian package that has it.
+PROGRAMS = {
+    LauncherKind.pdsh: ("pdsh", "pdsh"),
+    LauncherKind.openmpi: ("ompi_info", "openmpi-bin"),
+    LauncherKind.mpich: ("mpirun", "mpich"),
+    LauncherKind.slurm: ("sinfo", "slurm-client"),
+}
+_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", flags=re.IGNORECASE)
+
+
+def parse_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
+    """Read lines `NAME slots=N`; blank lines and comments do not count. Return the slots by name, and the problems."""
+    hosts: dict[str, int] = {}
+    problems = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        content = line.split("#")[0].strip()
+        if not content:
+            continue
+        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
+        if match is None:
+            problems.append(f"line {number}: {content!r} is not of the form  NAME slots=N")
+        elif match[1] in hosts:
+            problems.append(f"line {number}: {match[1]} is listed twice")
+        else:
+            hosts[match[1]] = int(match[2])
+    return hosts, problems
+
+
+def select_hosts(hosts: dict[str, int], *, include: str | None, exclude: str | None) -> dict[str, list[int]]:
+    """The slots that are left by `include` or `exclude` (`node1@node2:0,2`), by host, in the hostfile's order.
+
+    Raises ValueError with the reason for a host or slot that there is not.
+    """
+    available = {name: list(range(slots)) for name, slots in hosts.items()}
+    if not include and not exclude:
+        return available
+    named: dict[str, list[int]] = {}
+    for part in (include or exclude or "").split("@"):
+        name, _, listed = part.partition(":")
+        if name not in available:
+            raise ValueError(f"the hostfile has no machine {name}{did_you_mean(name, available)}")
+        slots = listed.split(",") if listed else [str(slot) for slot in available[name]]
+        for slot in slots:
+            if not slot.isdigit() or int(slot) not in available[name]:
+                raise ValueError(f"{name} has no slot {slot}: its slots are 0 to {len(available[name]) - 1}")
+        named.setdefault(name, []).extend(int(slot) for slot in slots)
+    if include:
+        return {name: sorted(set(named[name])) for name in available if name in named}
+    left = {name: [slot for slot in slots if slot not in named.get(name, [])] for name, slots in available.items()}
+    return {name: slots for name, slots in left.items() if slots}
+
+
+def launcher_problems(config: Config) -> Iterator[str]:
+    """Yield what is wrong with the launcher's options for a resolved configuration."""
+    launcher, nodes = config.launcher, config.hardware.nodes
+    for name in launcher.environment:
+        if _SECRET.search(name):
+            yield (
+                f"launcher.environment.{name}: what looks like a secret would appear in command lines and files: put "
+                "it into ~/.netrc, the hub's token file or the machines' own environment"
+            )
+        elif not name.isidentifier():
+            yield f"launcher.environment.{name}: is not a name of an environment variable"
+    if launcher.include and launcher.exclude:
+        yield f"launcher.include={launcher.include}: give either include or exclude, not both"
+    if launcher.kind is LauncherKind.local:
+        if launcher.include or launcher.exclude:
+            yield "launcher.include and launcher.exclude need a hostfile: with launcher=local set CUDA_VISIBLE_DEVICES"
+    elif launcher.kind is LauncherKind.no_ssh:
+        yield from _no_ssh_problems(launcher, nodes, running=config.mode is Mode.run)
+    else:
+        yield from _hostfile_problems(config)
+        program, package = PROGRAMS[launcher.kind]
+        if config.mode is Mode.run and shutil.which(program) is None:
+            yield (
+                f"launcher.kind={launcher.kind.name}: the program {program} is not installed: "
+                f"install it (Debian: apt-get install {package}), or use launcher=no_ssh; mode=plan works here"
+            )
+
+
+def _no_ssh_problems(launcher: LauncherConfig, nodes: int, *, running: bool) -> Iterator[str]:
+    rank = launcher.node_rank
+    if rank is not None and not 0 <= rank < nodes:
+        yield f"launcher.node_rank={rank}: must be 0 to {nodes - 1} for hardware.nodes={nodes}"
+    if running and rank is None:
+        yield "launcher.node_rank is not set: launcher=no_ssh starts this machine's ranks, so give its number, from 0"
+    if running and launcher.master_addr is None:
+        yield "launcher.master_addr is not set: give the first machine's address, as in  launcher.master_addr=10.0.0.1"
+
+
+def _hostfile_problems(config: Config) -> Iterator[str]:
+    launcher, hardware = config.launcher, config.hardware
+    if launcher.hostfile is None:
+        if config.mode is Mode.run:
+            yield (
+                f"launcher.hostfile is not set: launcher={launcher.kind.name} reads the machines from a file with a "
+                f"line  NAME slots={hardware.gpus_per_node}  for each, as in  launcher.hostfile=hosts.txt"
+            )
+        return
+    path = Path(launcher.hostfile)
+    key = f"launcher.hostfile={launcher.hostfile}"
+    try:
+        hosts, problems = parse_hostfile(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError as error:
+        yield f"{key}: cannot be read: {error.strerror}"
+        return
+    if problems:
+        yield f"{key}: {'; '.join(problems)}"
+        return
+    if not hosts:
+        yield f"{key}: lists no machine: it needs a line  NAME slots={hardware.gpus_per_node}  for each"
+        return
+    try:
+        chosen = select_hosts(hosts, include=launcher.include, exclude=launcher.exclude)
+    except ValueError as error:
+        option = "include" if launcher.include else "exclude"
+        yield f"launcher.{option}={getattr(launcher, option)}: {error}"
+        return
+    per_node = hardware.gpus_per_node or 1
+    if len(chosen) < hardware.nodes:
+        yield f"{key}: has {len(chosen)} machines to use, fewer than hardware.nodes={hardware.nodes}"
+    short = [f"{name} {len(slots)}" for name, slots in list(chosen.items())[: hardware.nodes] if len(slots) < per_node]
+    if short:
+        yield f"{key}: too few slots for hardware.gpus_per_node={per_node}: {', '.join(short)}"
+
+
+def hosts_of(config: Config) -> dict[str, list[int]] | None:
+    """The machines and slots that a run uses, or None where there is no hostfile. The options must be valid."""
+    launcher, hardware = config.launcher, config.hardware
+    if launcher.hostfile is None:
+        return None
+    hosts, _ = parse_hostfile(Path(launcher.hostfile).read_text(encoding="utf-8"))
+    chosen = select_hosts(hosts, include=launcher.include, exclude=launcher.exclude)
+    per_node = hardware.gpus_per_node or 1
+    return {name: slots[:per_node] for name, slots in list(chosen.items())[: hardware.nodes]}

@@ -1,0 +1,114 @@
+"""Trained stages by their inputs, so that the same stage is trained once: beside the runs, in a folder .stages.
+
+An entry shares its files with the run that trained it (hard links), so it takes no room of its own as long as that run
+exists, and outlives it.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rlhf.config.schema import Config
+
+FOLDER = ".stages"
+MANIFEST = "manifest.json"
+REUSED = "reused.json"
+# What is drawn or written anew, or says nothing about what was trained.
+_LEFT_OUT = ("plots", "wandb", "report.md", "report.html", ".lock", REUSED, MANIFEST)
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+
+
+def tree_digests(directory: Path) -> dict[str, str]:
+    """The digest of every file below a directory by its relative name, but for what is not kept."""
+    found = {}
+    for path in sorted(directory.rglob("*")):
+        name = path.relative_to(directory)
+        if path.is_file() and name.parts[0] not in _LEFT_OUT:
+            found[str(name)] = file_digest(path)
+    return found
+
+
+class StageStore:
+    """Finds and keeps trained stages.
+
+    Args:
+        folder: where the entries are; created when the first one is kept.
+        key_of: names the inputs of a stage's configuration.
+        stream: where damaged entries and waiting are told of.
+    """
+
+    def __init__(self, folder: Path, *, key_of: Callable[[Config], str], stream: TextIO) -> None:
+        self._folder = folder
+        self.key_of = key_of
+        self._stream = stream
+
+    @contextmanager
+    def reserved(self, key: str, *, name: str) -> Iterator[None]:
+        """Keep other runs away from a stage; wait while one of them trains it."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with (self._folder / f"{key}.lock").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"{name}: another run trains the same stage; waiting for it", file=self._stream, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
+
+    def find(self, key: str) -> Path | None:
+        """The entry of a key if there is one whose files are what they were; a damaged one is deleted."""
+        entry = self._folder / key
+        if not entry.is_dir():
+            return None
+        try:
+            files = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))["files"]
+        except (OSError, ValueError, KeyError):
+            files = {}
+        found = tree_digests(entry)
+        damaged = [name for name in {**files, **found} if files.get(name) != found.get(name)]
+        if not damaged and files:
+            return entry
+        what = f"its file {damaged[0]} has changed" if damaged else "its list of files is gone"
+        print(f"the kept stage {entry} is damaged ({what}): it is trained again", file=self._stream, flush=True)
+        shutil.rmtree(entry)
+        return None
+
+    def take(self, entry: Path, directory: Path) -> str:
+        """Put an entry's files into a stage's directory and return the run directory that trained it."""
+        manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
+        for name in manifest["files"]:
+            _link(entry / name, directory / name)
+        (directory / REUSED).write_text(json.dumps({"key": entry.name, "from": manifest["from"]}), encoding="utf-8")
+        return str(manifest["from"])
+
+    def keep(self, key: str, directory: Path) -> None:
+        """Make a finished stage's directory the entry of a key."""
+        partial = self._folder / f"{key}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        files = tree_digests(directory)
+        for name in files:
+            _link(directory / name, partial / name)
+        manifest = {"from": str(directory), "files": files}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        shutil.rmtree(self._folder / key, ignore_errors=True)
+        os.replace(partial, self._folder / key)
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make a second name for a file, or a copy where the file system has no such thing."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,91 @@
+"""The jobs of a sweep and what came of them: one JSON file a job, and at the end one table, as text and as CSV."""
+
+import csv
+import hashlib
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+JOBS, TABLE, PLOT = "jobs", "summary.csv", "summary.png"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobResult:
+    """What came of one job: its overrides by key, exit code, figures by name, and the message of a failure."""
+
+    number: int
+    overrides: dict[str, str]
+    code: int
+    run_dir: str
+    message: str = ""
+    metric: str = ""
+    objective: float | None = None
+    figures: dict[str, Any] = field(default_factory=dict)
+
+
+def sweep_directory(arguments: Sequence[str], *, name: str | None) -> Path:
+    """Where a sweep is written: the same for the same command line, so that it goes on there."""
+    digest = hashlib.blake2b(shlex.join(arguments).encode(), digest_size=4).hexdigest()
+    return Path("runs", "sweeps", f"{name or 'sweep'}-{digest}").absolute()
+
+
+def write_result(directory: Path, result: JobResult) -> None:
+    """Write a job's file."""
+    (directory / JOBS).mkdir(parents=True, exist_ok=True)
+    path = directory / JOBS / f"{result.number}.json"
+    path.write_text(json.dumps(asdict(result), indent=1, default=str), encoding="utf-8")
+
+
+def read_results(directory: Path) -> list[JobResult]:
+    """The jobs' files, in order."""
+    paths = sorted((directory / JOBS).glob("*.json"), key=lambda path: int(path.stem))
+    return [JobResult(**json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+
+
+def clear_results(directory: Path) -> None:
+    """Forget the jobs of an earlier run of the same sweep; their runs are kept."""
+    for path in (directory / JOBS).glob("*.json"):
+        path.unlink()
+
+
+def result_rows(results: Sequence[JobResult]) -> list[dict[str, str]]:
+    """One row a job: its overrides, then what came of it; every row has all columns."""
+    rows = []
+    for result in results:
+        state = "done" if result.code == 0 else "failed"
+        row = {**result.overrides, **{name: _cell(value) for name, value in result.figures.items()}}
+        if result.metric:
+            row[result.metric] = _cell(result.objective)
+        rows.append({**row, "state": state, "run": result.run_dir})
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("state", "run")))
+    return [{name: row.get(name, "") for name in [*names, "state", "run"]} for row in rows]
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def table_text(rows: Sequence[dict[str, str]]) -> str:
+    """The rows under their names, in columns."""
+    if not rows:
+        return "no job was run"
+    shown = [name for name in rows[0] if name != "run" or any(row["run"] for row in rows)]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
+    lines = ["  ".join(f"{name:<{widths[name]}}" for name in shown)]
+    lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in shown) for row in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def write_table(directory: Path, rows: Sequence[dict[str, str]]) -> Path:
+    """Write the rows as CSV."""
+    path = directory / TABLE
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["state"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return path

@@ -1,0 +1,210 @@
+"""What the model states of a stage take on each device, and the ZeRO stage that they need.
+
+Weights, gradients and optimizer states are counted exactly (Rajbhandari et al. 2020, section 3); activations are not
+counted, but room is left for them when a ZeRO stage is chosen.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+
+from rlhf.config.roles import Role, roles_of
+from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig, WeightSource
+from rlhf.planner.architecture import architecture_of, from_directory
+from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count
+
+GIB = 1024**3
+# The device's context, communication buffers and fragmentation, per GPU; on a CPU the Python process.
+RESERVE_GIB = {Accelerator.cuda: 4.7, Accelerator.cpu: 0.5}
+ACTIVATION_SHARE = 0.15
+_MASTER_AND_MOMENTS = 12  # fp32 weights and Adam's two moments
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RoleStates:
+    """Bytes of one role's states on one device, and what of them lies in the host's memory."""
+
+    role: str
+    parameters: int
+    trainable: int
+    weights: float
+    gradients: float
+    optimizer: float
+    host: float
+
+    @property
+    def device(self) -> float:
+        """Bytes on the device."""
+        return self.weights + self.gradients + self.optimizer
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StageMemory:
+    """The states of a stage on one device, in bytes. `gathered` is the whole policy while it generates under ZeRO-3."""
+
+    stage: str
+    roles: tuple[RoleStates, ...]
+    gathered: float
+    reserve: float
+    capacity: float | None
+    host_capacity: float | None
+
+    @property
+    def states(self) -> float:
+        """Bytes of all roles on the device."""
+        return sum(role.device for role in self.roles)
+
+    @property
+    def host(self) -> float:
+        """Bytes of all roles of one rank in the host's memory."""
+        return sum(role.host for role in self.roles)
+
+    def fits(self, *, gather: bool, activations: float = 0.0) -> bool:
+        """Whether everything fits; unknown sizes do."""
+        if self.host_capacity is not None and self.host > self.host_capacity:
+            return False
+        if self.capacity is None:
+            return True
+        peak = self.states + self.reserve + activations * self.capacity
+        return peak + (self.gathered if gather else 0.0) <= self.capacity
+
+
+def substages(stage: StageConfig) -> list[StageConfig]:
+    """A pipeline's stages, or the stage itself."""
+    inner = [value for entry in fields(stage) if isinstance(value := getattr(stage, entry.name), StageConfig)]
+    return inner or [stage]
+
+
+def ranks_of(config: Config) -> int:
+    """Ranks over all machines."""
+    return max(1, (config.hardware.gpus_per_node or 1) * config.hardware.nodes)
+
+
+def role_model(config: Config, stage: StageConfig, role: Role) -> ModelConfig:
+    """The configured model that a role has the sizes of: a directory that the stage names goes before the choice."""
+    directory = getattr(stage, role.directory_key, None) if role.directory_key else None
+    if isinstance(directory, str) and from_directory(Path(directory)) is not None:
+        return ModelConfig(name=role.name, source=WeightSource.pretrained, path=directory)
+    reward_model = config.reward_model if config.reward_model.name else config.model
+    return config.model if role.model_key == "model" else reward_model
+
+
+def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
+    """The model states of a stage on one device; None if a model's sizes are not known.
+
+    `memory.zero_stage` must be resolved.
+    """
+    found = [_role_states(config, stage, role) for role in roles_of(config, stage)]
+    roles = [states for states in found if states is not None]
+    if len(roles) < len(found):
+        return None
+    hardware = config.hardware
+    on_cpu = hardware.accelerator is Accelerator.cpu
+    per_machine = max(1, hardware.gpus_per_node or 1)
+    host = hardware.host_memory_gib * GIB / per_machine if hardware.host_memory_gib is not None else None
+    device = hardware.gpu_memory_gib * GIB if hardware.gpu_memory_gib is not None else None
+    actor = next((role for role in stage.roles() if role.generates), None)
+    sharded = actor is not None and config.memory.of_role(actor.name, trained=True).zero_stage == 3
+    whole = next((states.parameters for states in roles if actor is not None and states.role == actor.name), 0)
+    return StageMemory(
+        stage=stage.name,
+        roles=tuple(roles),
+        gathered=whole * _bytes_per_weight(config) if sharded else 0.0,
+        reserve=RESERVE_GIB[Accelerator.cpu if on_cpu else Accelerator.cuda] * GIB,
+        capacity=host if on_cpu else device,
+        host_capacity=None if on_cpu else host,
+    )
+
+
+def _bytes_per_weight(config: Config) -> int:
+    return 4 if config.memory.precision is Precision.fp32 else 2
+
+
+def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates | None:
+    model = role_model(config, stage, role)
+    sizes = architecture_of(model)
+    if sizes is None:
+        return None
+    ranks, width = ranks_of(config), _bytes_per_weight(config)
+    trained = role.optimizer is not None
+    placed = config.memory.of_role(role.name, trained=trained)
+    parameters = parameter_count(sizes, head=Head.scalar if role.scalar else Head.lm)
+    trainable = parameters if trained else 0
+    if trained and config.lora.adapts(role.name):
+        assert config.lora.rank is not None
+        targets = model.lora_targets if config.lora.targets is None else config.lora.targets
+        trainable = lora_parameter_count(sizes, rank=config.lora.rank, targets=targets)
+        parameters += trainable
+    zero = placed.zero_stage
+    weights = width * parameters / (ranks if zero == 3 else 1)
+    gradients = width * trainable / (ranks if zero >= 2 else 1)
+    optimizer = _MASTER_AND_MOMENTS * trainable / (ranks if zero >= 1 else 1)
+    host = (weights if placed.offload_parameters else 0.0) + (optimizer if placed.offload_optimizer else 0.0)
+    return RoleStates(
+        role=role.name,
+        parameters=parameters,
+        trainable=trainable,
+        weights=0.0 if placed.offload_parameters else weights,
+        gradients=gradients,
+        optimizer=0.0 if placed.offload_optimizer else optimizer,
+        host=host,
+    )
+
+
+def choose_zero_stage(config: Config) -> int:
+    """The first ZeRO stage whose states leave room for activations in every stage of the run; 0 on one rank.
+
+    One rank has nothing to share; on several, ZeRO-1 costs no more communication than ZeRO-0.
+    """
+    if ranks_of(config) == 1:
+        return 0
+    for zero_stage in (1, 2, 3):
+        tried = replace(config, memory=replace(config.memory, zero_stage=zero_stage))
+        estimates = [stage_memory(tried, stage) for stage in substages(config.stage)]
+        if all(estimate is None or estimate.fits(gather=False, activations=ACTIVATION_SHARE) for estimate in estimates):
+            return zero_stage
+    return 3
+
+
+def gathers_for_rollout(config: Config) -> bool:
+    """Whether the whole policy fits beside the states while it generates under ZeRO-3."""
+    estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
+    return all(estimate is None or estimate.fits(gather=True) for estimate in estimates)
+
+
+def memory_problems(config: Config) -> Iterator[str]:
+    """Say of every stage whose states the hardware cannot hold how much is missing, and what would help."""
+    for stage in substages(config.stage):
+        estimate = stage_memory(config, stage)
+        if estimate is None or estimate.fits(gather=False):
+            continue
+        parts = ", ".join(f"{role.role} {role.device / GIB:.1f}" for role in estimate.roles)
+        hardware, memory = config.hardware, config.memory
+        if estimate.capacity is not None and estimate.states + estimate.reserve > estimate.capacity:
+            place = "GPU" if hardware.accelerator is Accelerator.cuda else "rank"
+            yield (
+                f"memory.zero_stage={memory.zero_stage}: the model states of stage {stage.name} take "
+                f"{estimate.states / GIB:.1f} GiB on each {place} ({parts}) beside {estimate.reserve / GIB:.1f} GiB "
+                f"that are never free, but hardware={hardware.name or 'this'} has {estimate.capacity / GIB:.1f} GiB"
+                f"{_remedy(config)}"
+            )
+        else:
+            assert estimate.host_capacity is not None
+            yield (
+                f"memory.offload_optimizer={str(memory.offload_optimizer).lower()}: stage {stage.name} keeps "
+                f"{estimate.host / GIB:.1f} GiB per GPU in the host's memory, but there are "
+                f"{estimate.host_capacity / GIB:.1f} GiB for each: use more machines, or lora=r128"
+            )
+
+
+def _remedy(config: Config) -> str:
+    """What would make the states smaller, cheapest first; only what is not used yet."""
+    memory = config.memory
+    steps = []
+    if (memory.zero_stage or 0) < 3 and ranks_of(config) > 1:
+        steps.append("memory=zero3")
+    if config.lora.rank is None:
+        steps.append("lora=r128")
+    if not (memory.offload_parameters and memory.offload_optimizer) and config.hardware.accelerator is Accelerator.cuda:
+        steps.append("memory=zero3-offload")
+    return f": {' or '.join([*steps, 'hardware with more or larger GPUs'])} would help"

@@ -1,0 +1,74 @@
+"""What a stage's result depends on, as one hash. Imports no torch."""
+
+import hashlib
+import json
+from dataclasses import replace
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.files import to_plain
+from rlhf.config.schema import Config, ModelConfig, WeightSource
+from rlhf.data.prepare import content_fingerprint
+from rlhf.launcher.command import PROJECT
+from rlhf.launcher.store import tree_digests
+from rlhf.models.tokenizer import package_directory
+
+_PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "peft")
+
+
+def stage_key(config: Config) -> str:
+    """Hash the inputs of a stage: its options, the groups it reads, data and weights by content, ranks, seed and code.
+
+    Where it is written, how it is launched and tracked, and how many threads it has do not matter.
+    """
+    stage = to_plain(config.stage)
+    for key in ("objective",):
+        stage.pop(key)
+    for key, value in stage.items():
+        if key.endswith("_model") and isinstance(value, str):
+            stage[key] = _weights(value)
+    groups: dict[str, Any] = {}
+    for name in config.stage.inputs():
+        value = getattr(config, name)
+        groups[name] = _model(value) if isinstance(value, ModelConfig) else to_plain(value)
+    sources = {name: to_plain(replace(source, path=None)) for name, source in config.data.sources.items()}
+    hardware = config.hardware
+    facts = {
+        "stage": stage,
+        "groups": groups,
+        "data": {**to_plain(config.data), "sources": sources, "content": content_fingerprint(config.data)},
+        "ranks": [hardware.accelerator.name, hardware.nodes, hardware.gpus_per_node],
+        "seed": config.seed,
+        "code": code_version(),
+    }
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
+    return f"{config.stage.name}-{digest}"
+
+
+def _weights(directory: str) -> Any:
+    return tree_digests(Path(directory)) if Path(directory).is_dir() else directory
+
+
+def _model(model: ModelConfig) -> dict[str, Any]:
+    plain = dict(to_plain(model))
+    if model.source is WeightSource.pretrained and model.path is not None:
+        plain["path"] = _weights(model.path)
+    elif model.source is WeightSource.gguf_package and model.gguf_file is not None:
+        plain["package"] = (package_directory(model) / model.gguf_file).stat().st_size
+    return plain
+
+
+@cache
+def code_version() -> str:
+    """Hash of this package's code and of the versions of the packages that compute."""
+    digest = hashlib.blake2b(digest_size=10)
+    for path in sorted((PROJECT / "rlhf").rglob("*.py")):
+        digest.update(str(path.relative_to(PROJECT)).encode() + path.read_bytes())
+    for package in _PACKAGES:
+        try:
+            digest.update(f"{package} {metadata.version(package)}".encode())
+        except metadata.PackageNotFoundError:
+            continue
+    return digest.hexdigest()

@@ -1,0 +1,211 @@
+"""What launch.py does with a composed configuration: explain an option, plan a run, or start it. Imports no torch."""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rlhf.config.errors import ConfigError
+from rlhf.config.explain import did_you_mean
+from rlhf.config.fields import bounds
+from rlhf.config.files import write_config
+from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
+from rlhf.config.schema import Config, LauncherKind, Mode, Reuse
+from rlhf.config.validate import find_problems, raise_problems
+from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
+from rlhf.launcher.hosts import launcher_problems
+from rlhf.launcher.pipeline import StageRun, run_stages
+from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
+from rlhf.launcher.rundir import CONFIG, PLAN, check_run_dir, claimed, with_run_dir, write_files
+from rlhf.launcher.store import FOLDER, StageStore
+from rlhf.planner.lengths import directory_problems, length_problems
+from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
+from rlhf.stages import stage_config_class
+from rlhf.stages.pipeline.steps import stage_runs
+from rlhf.tracking.records import SUMMARY, read_json
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Started:
+    """How a run ended: its exit code, directory, objective (if it has one), and figures for a sweep's table."""
+
+    code: int
+    run_dir: str = ""
+    message: str = ""
+    objective: float | None = None
+    figures: Mapping[str, Any]
+
+
+def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Started:
+    """Do what `config.mode` says; raises ConfigError or DataError for what the user can mend."""
+    if config.mode is Mode.explain:
+        print(explained(config, resolve(config, detect()), origins))
+        return Started(code=0, figures={})
+    machine = detect()
+    composed, config = config, with_run_dir(resolve(config, machine))
+    check(config, machine, origins)
+    assert config.run_dir is not None
+    run_dir = Path(config.run_dir)
+    runs = stage_runs(config, run_dir)
+    if config.mode is Mode.plan:
+        return plan(composed, config, runs, machine, origins, quiet=in_sweep)
+    return run(config, runs, machine, in_sweep=in_sweep)
+
+
+def check(config: Config, machine: Machine, origins: Mapping[str, str]) -> None:
+    """Raise one ConfigError with every problem of a resolved configuration, each with where its value came from."""
+    problems = list(find_problems(config))
+    if not problems:
+        # These compute with the values, so that values that cannot be come first.
+        problems += [*length_problems(config), *directory_problems(config, config.stage), *memory_problems(config)]
+    problems += launcher_problems(config)
+    if config.mode is Mode.run:
+        problems += machine_problems(config, machine)
+    raise_problems(located(problem, dict(origins)) for problem in problems)
+
+
+def explained(config: Config, resolved: Config, origins: Mapping[str, str]) -> str:
+    """The documentation, default, value and origin of the option `config.key`."""
+    docs = field_docs(config)
+    if config.key is None:
+        raise ConfigError("key is not set: give the option to explain, as in  mode=explain key=stage.ppo.kl_coef")
+    if config.key not in docs:
+        raise ConfigError(f"key={config.key}: there is no such option{did_you_mean(config.key, docs)}")
+    values, used, plain = (dict(flat_values(each)) for each in (config, resolved, defaults_of(config)))
+    if config.key not in values:
+        inner = [key for key in values if key.startswith(f"{config.key}.")]
+        listed = "\n".join(f"  {key} = {values[key]}" for key in inner)
+        return f"{config.key}\n  {docs[config.key]}\n{listed}"
+    return explanation(
+        config.key,
+        doc=docs[config.key],
+        value=values[config.key],
+        default=plain.get(config.key),
+        resolved=used.get(config.key),
+        origin=origin_of(config.key, dict(origins)),
+        bounds=bounds(fields_by_key(config)[config.key]),
+    )
+
+
+def defaults_of(config: Config) -> Config:
+    """The typed defaults of the configuration's stage."""
+    return replace(Config(), stage=stage_config_class(config.stage.name)())
+
+
+def plan(
+    composed: Config,
+    config: Config,
+    runs: list[StageRun],
+    machine: Machine,
+    origins: Mapping[str, str],
+    *,
+    quiet: bool,
+) -> Started:
+    """Print what a run would do and write it to the run directory's folder plan; start nothing."""
+    run_dir = Path(config.run_dir or "")
+    changed = settings(composed, defaults_of(composed), origins)
+    gpus = [gpu.index for gpu in machine.gpus]
+    text = plan_text(config, runs, run_dir=run_dir, gpus=gpus, changed=changed)
+    folder = run_dir / PLAN
+    try:
+        write_files(folder, plan_files(config, runs, text))
+    except OSError as error:
+        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    if not quiet:
+        print(f"{text}\n\n# Written to {folder}")
+    return Started(code=0, run_dir=str(run_dir), figures=plan_figures(config, runs))
+
+
+def plan_figures(config: Config, runs: list[StageRun]) -> dict[str, Any]:
+    """What a table of plans shows of one: GPUs, ZeRO stage, and the largest stage's model states."""
+    estimates = [estimate for run in runs if (estimate := stage_memory(run.config, run.config.stage)) is not None]
+    largest = max(estimates, key=lambda estimate: estimate.states, default=None)
+    return {
+        "ranks": ranks_of(config),
+        "ZeRO": config.memory.zero_stage,
+        "states GiB": largest.states / GIB if largest is not None else None,
+        "of GiB": largest.capacity / GIB if largest is not None and largest.capacity is not None else None,
+    }
+
+
+def run(config: Config, runs: list[StageRun], machine: Machine, *, in_sweep: bool) -> Started:
+    """Prepare the data, start the stages, and write the report."""
+    run_dir = Path(config.run_dir or "")
+    if in_sweep and finished(runs, run_dir, config):
+        print(f"finished before, kept: {run_dir}", flush=True)
+        return Started(code=0, run_dir=str(run_dir), objective=objective(runs), figures={})
+    goes_on(config, runs, run_dir)
+    from rlhf.stages.preflight import preflight
+
+    for note in preflight(config).notes:
+        print(note, flush=True)
+    with claimed(run_dir, name=_lock_name(config)):
+        if goes_on(config, runs, run_dir):
+            print(f"going on with {run_dir}", flush=True)
+        (run_dir / "report.html").unlink(missing_ok=True)
+        write_config(config, run_dir / CONFIG)
+        gpus = [gpu.index for gpu in machine.gpus]
+        outcome = run_stages(runs, run_dir=run_dir, gpus=gpus, stream=sys.stdout, store=_store(config, run_dir))
+        if outcome.code:
+            print(f"launch.py: {outcome.message}", file=sys.stderr, flush=True)
+        if not (config.launcher.node_rank or 0):
+            conclude(runs, run_dir, finished=not outcome.code)
+    result = objective(runs) if not outcome.code else None
+    message = outcome.message.split("\n")[0]
+    return Started(code=outcome.code, run_dir=str(run_dir), objective=result, message=message, figures={})
+
+
+def _lock_name(config: Config) -> str:
+    """Machines that share a run directory and are started by themselves do not lock each other out."""
+    return f".lock-{config.launcher.node_rank}" if config.launcher.kind is LauncherKind.no_ssh else ".lock"
+
+
+def _store(config: Config, run_dir: Path) -> StageStore | None:
+    # Machines that are started by themselves could not agree on who waits and who trains.
+    if config.reuse is Reuse.off or config.launcher.kind is LauncherKind.no_ssh:
+        return None
+    from rlhf.stages.inputs import stage_key
+
+    return StageStore(run_dir.parent / FOLDER, key_of=stage_key, stream=sys.stdout)
+
+
+def finished(runs: list[StageRun], run_dir: Path, config: Config) -> bool:
+    """Whether a directory holds this very run, complete."""
+    if not (run_dir / CONFIG).is_file() or not _complete(runs, run_dir):
+        return False
+    try:
+        check_run_dir(run_dir, config, finished=False)
+    except ConfigError:
+        return False
+    return True
+
+
+def _complete(runs: list[StageRun], run_dir: Path) -> bool:
+    return all(run.is_finished for run in runs) and (run_dir / "report.html").is_file()
+
+
+def goes_on(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
+    """Whether an unfinished run in the directory goes on; raises ConfigError if the directory cannot be used."""
+    return check_run_dir(run_dir, config, finished=_complete(runs, run_dir))
+
+
+def objective(runs: list[StageRun]) -> float | None:
+    """The last stage's objective, of its evaluation after training."""
+    last = runs[-1]
+    value = (read_json(last.directory / SUMMARY).get("after") or {}).get(last.config.stage.objective)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
+    """Write the report, also of a run that failed, and say where everything is."""
+    from rlhf.tracking.report import write_report
+
+    _, report = write_report(run_dir)
+    print(f"report: {report}")
+    if not finished:
+        return
+    print(f"model:  {runs[-1].directory / 'model'}")
+    if runs[-1].name != "rm":
+        print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
