@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -56,15 +56,18 @@ def optimizer_step(
         loss = loss_sum(micro_batch)
         engine.backward(loss * scale)
         if index == accumulation_steps - 1 and _steps_unguarded(engine):
-            own_norm = _guard(engine)
-        engine.step()
+            own_norm = _own_norm(engine)
+        if own_norm is None or math.isfinite(own_norm):
+            engine.step()
+        else:
+            _skip(engine)
         total = total + loss.detach().float()
     norm = engine.get_global_grad_norm() if own_norm is None else own_norm
     return StepResult(
         loss_sum=total,
         grad_norm=float(norm) if norm is not None else math.nan,
         learning_rate=learning_rate,
-        applied=bool(engine.was_step_applied()) and (own_norm is None or math.isfinite(own_norm)),
+        applied=(own_norm is None or math.isfinite(own_norm)) and bool(engine.was_step_applied()),
     )
 
 
@@ -73,11 +76,14 @@ def _steps_unguarded(engine: Any) -> bool:
     return engine.zero_optimization_stage() == 0 and not engine.fp16_enabled() and not engine.bfloat16_enabled()
 
 
-def _guard(engine: Any) -> float:
-    """Return the norm of the reduced gradients; take them away if it is not finite, so that no weight moves."""
-    parameters = [parameter for parameter in engine.module.parameters() if parameter.grad is not None]
-    norm = float(torch.nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in parameters]))
-    if not math.isfinite(norm):
-        for parameter in parameters:
-            parameter.grad = None
-    return norm
+def _own_norm(engine: Any) -> float:
+    """The norm of the reduced gradients of all parameters."""
+    gradients = [parameter.grad for parameter in engine.module.parameters() if parameter.grad is not None]
+    return float(torch.nn.utils.get_total_norm(gradients))
+
+
+def _skip(engine: Any) -> None:
+    """Let an accumulation boundary pass without a step, as DeepSpeed's other optimizers do."""
+    engine.optimizer.zero_grad()
+    engine.micro_steps += 1
+    engine.skipped_steps += 1

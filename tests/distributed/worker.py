@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
@@ -18,6 +19,7 @@ from rlhf.config.roles import Role
 from rlhf.config.schema import (
     Config,
     DataConfig,
+    LoraConfig,
     MemoryConfig,
     OptimizerConfig,
     Precision,
@@ -38,9 +40,11 @@ from rlhf.engine.distributed import (
 from rlhf.engine.export import export_model
 from rlhf.engine.update import optimizer_step
 from rlhf.functional.masking import position_ids
-from rlhf.models.load import ScalarModel, load_causal_lm
+from rlhf.models.load import ScalarModel, load_causal_lm, load_scalar_model
+from rlhf.models.lora import AdaptersOff
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.forward import response_logprobs, sequence_scores
+from rlhf.rollout.generate import Sampling, generate
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.sft.train import batch_loss
 
@@ -82,9 +86,10 @@ def updated_weights(folder: Path, *, micro: int, memory: MemoryConfig, steps: in
     return {name: value.detach().clone() for name, value in written.state_dict().items()}, result.grad_norm
 
 
-def ppo_config(*, memory: MemoryConfig) -> Config:
+def ppo_config(*, memory: MemoryConfig, lora: LoraConfig | None = None) -> Config:
     """Options for a rollout of eight prompts and two mini-batches."""
     return Config(
+        lora=lora or LoraConfig(),
         stage=PPOConfig(
             rollout_batch_size=8,
             mini_batch_size=4,
@@ -124,16 +129,18 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
     experience = trainer.generate_experience(prompts_for(tokenizer))
     trainer.train_rlhf(experience)
     metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
-    scored = sequence_scores(engine.reward, experience.sequence_ids, experience.rollout.attention_mask)
+    with torch.no_grad():
+        scored = sequence_scores(engine.critic, experience.sequence_ids, experience.rollout.attention_mask)
     facts = {
         "first_ratio_error": metrics["actor/first_ratio_error"],
-        "grad_norm": metrics["actor/grad_norm"],
-        "last_advantage_mean": float(experience.advantages[experience.response_mask].mean()),
-        "training_after_rollout": float(engine.actor.module.training),
+        "advantage_mean": float(
+            all_reduce_sum(experience.advantages[experience.response_mask].sum().reshape(1))
+            / all_reduce_sum(experience.response_mask.sum().float().reshape(1))
+        ),
     }
     export_model(engine.actor, engine.actor_model, tokenizer, folder / "actor_out")
     export_model(
-        engine.reward, engine.reward_model.classifier, tokenizer, folder / "reward_out", prefix=ScalarModel.prefix
+        engine.critic, engine.critic_model.classifier, tokenizer, folder / "critic_out", prefix=ScalarModel.prefix
     )
     with torch.no_grad():
         ours = response_logprobs(engine.actor, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
@@ -142,14 +149,129 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
         plain = AutoModelForCausalLM.from_pretrained(folder / "actor_out", dtype=dtype).eval()
         exported = response_logprobs(plain, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
         facts["actor_export_error"] = float((ours - exported).abs().max())
-        classifier = AutoModelForSequenceClassification.from_pretrained(folder / "reward_out", dtype=dtype).eval()
+        classifier = AutoModelForSequenceClassification.from_pretrained(folder / "critic_out", dtype=dtype).eval()
         errors = []
         for ids, mask, score in zip(
             experience.sequence_ids, experience.rollout.attention_mask, scored, strict=True
         ):  # One by one and without padding, as a user of transformers would call it.
             errors.append(float((classifier(ids[mask].unsqueeze(0)).logits[0, 0].float() - score).abs()))
-        facts["reward_export_error"] = max(errors)
+        facts["critic_export_error"] = max(errors)
+        untrained = sequence_scores(engine.reward, experience.sequence_ids, experience.rollout.attention_mask)
+        facts["critic_moved"] = float((scored - untrained).abs().max())
     return facts
+
+
+ADAPTERS = LoraConfig(rank=4, alpha=8.0, targets=["q_proj", "v_proj", "fc1"])
+
+
+def lora_facts(folder: Path, memory: MemoryConfig) -> dict[str, Any]:
+    """One PPO iteration with adapters: what is trained, what the reference is, and what the exports compute."""
+    tokenizer = load_tokenizer(folder / "policy")
+    config = ppo_config(memory=memory, lora=ADAPTERS)
+    engine = DeepSpeedRLHFEngine(
+        actor_model_name_or_path=str(folder / "policy"),
+        critic_model_name_or_path=str(folder / "reward"),
+        tokenizer=tokenizer,
+        num_total_iters=4,
+        args=config,
+    )
+    trainer = DeepSpeedPPOTrainer(engine=engine, args=config)
+    seed_everything(11 + rank())
+    experience = trainer.generate_experience(prompts_for(tokenizer))
+    trainer.train_rlhf(experience)
+    metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
+    export_model(engine.actor, engine.actor_model, tokenizer, folder / "lora" / "model")
+    export_model(
+        engine.critic,
+        engine.critic_model.classifier,
+        tokenizer,
+        folder / "lora_critic" / "model",
+        prefix=ScalarModel.prefix,
+    )
+    dtype = DTYPES[memory.precision]
+
+    def logprobs(model: Any) -> torch.Tensor:
+        with torch.no_grad():
+            return response_logprobs(model, experience.rollout, temperature=1.0, vocab_limit=engine.vocab_limit)
+
+    ours, reference = logprobs(engine.actor), logprobs(engine.reference)
+    base = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype).eval()
+    merged = AutoModelForCausalLM.from_pretrained(folder / "lora" / "model", dtype=dtype).eval()
+    facts = {
+        "first_ratio_error": metrics["actor/first_ratio_error"],
+        "actor_moved": float((ours - experience.old_logprobs).abs().max()),
+        "reference_error": float((reference - logprobs(base)).abs().max()),
+        "merged_error": float((ours - logprobs(merged)).abs().max()),
+        "trained": sorted({name.split(".")[-2] for name in trained_names(engine.actor.module)}),
+        "critic_trained": sorted({name.split(".")[-2] for name in trained_names(engine.critic.module)}),
+        "engines": float(isinstance(engine.reference, AdaptersOff)),
+    }
+    with torch.no_grad():
+        values = engine.critic(**whole_inputs(experience))
+        start = load_scalar_model(folder / "reward", tokenizer, dtype=dtype, attention="sdpa").eval()
+        trained = load_scalar_model(folder / "lora_critic" / "model", tokenizer, dtype=dtype, attention="sdpa").eval()
+        mask = experience.rollout.attention_mask
+        facts["critic_merged_error"] = float((values - trained(**whole_inputs(experience)))[mask].abs().max())
+        facts["critic_moved"] = float((values - start(**whole_inputs(experience)))[mask].abs().max())
+    plain = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=dtype)
+    adapted = PeftModel.from_pretrained(plain, str(folder / "lora" / "adapter")).eval()
+    facts["adapter_error"] = float((ours - logprobs(adapted)).abs().max())
+    return facts
+
+
+def trained_names(module: Any) -> list[str]:
+    """The names of the parameters that an optimizer moves."""
+    return [name for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def whole_inputs(experience: Any) -> dict[str, torch.Tensor]:
+    """What a scalar model takes."""
+    mask = experience.rollout.attention_mask
+    return {"input_ids": experience.sequence_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+
+
+def layerwise_facts(folder: Path) -> dict[str, float]:
+    """Greedy answers under ZeRO-3, gathered whole and layer by layer, with unequal numbers of prompts on the ranks."""
+    tokenizer = load_tokenizer(folder / "policy")
+    memory = MemoryConfig(zero_stage=3, precision=Precision.fp32)
+    role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=1)
+    with partitioned_loading(role, memory=memory, ranks=world_size()):
+        model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="sdpa")
+    engine = build_engine(model, role, memory=memory, ranks=world_size())
+    prompts = prompts_for(tokenizer)
+    prompts = prompts.rows(slice(0, len(prompts) - rank()))
+    rollouts = []
+    for gather in (True, False):
+        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=12, batch_size=3, gather=gather)
+        rollouts.append(generate(engine, prompts, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer)))
+    whole, layerwise = (rollout.sequence_ids.masked_fill(~rollout.attention_mask, -1) for rollout in rollouts)
+    width = min(whole.shape[1], layerwise.shape[1])
+    same = bool((whole[:, :width] == layerwise[:, :width]).all())
+    return {"same": float(same), "tokens": float(rollouts[0].response_mask.sum())}
+
+
+def offload_difference(folder: Path, reference: dict[str, Any]) -> float:
+    """How far ZeRO-3 with optimizer and parameters in the host's memory is from plain training."""
+    memory = MemoryConfig(zero_stage=3, precision=Precision.fp32, offload_optimizer=True, offload_parameters=True)
+    weights, _ = updated_weights(folder, micro=2, memory=memory)
+    return largest_difference(reference, weights)
+
+
+def unbounded_step(folder: Path, memory: MemoryConfig) -> dict[str, float]:
+    """What a step with a gradient that is not finite does to the weights."""
+    tokenizer = load_tokenizer(folder / "policy")
+    role = Role(name="model", optimizer=STEADY, batch_size=world_size(), micro_batch_size_per_gpu=1)
+    model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="eager")
+    engine = build_engine(model, role, memory=memory, ranks=world_size())
+    batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id).rows(slice(0, 1))
+    result = optimizer_step(
+        engine,
+        [batch],
+        lambda part: batch_loss(engine, part, vocab_limit=len(tokenizer)) * float("nan"),
+        num_targets=1.0,
+    )
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in engine.module.parameters())
+    return {"applied": float(result.applied), "finite": float(finite)}
 
 
 def retokenised_facts(folder: Path) -> dict[str, float]:
@@ -239,6 +361,13 @@ def main() -> None:
             memory = MemoryConfig(zero_stage=stage, precision=precision)
             facts[f"ppo_zero{stage}_{precision.name}"] = ppo_facts(folder, memory)
     facts["retokenised"] = retokenised_facts(folder)
+    for stage in (0, 1, 2, 3):
+        facts[f"lora_zero{stage}"] = lora_facts(folder, MemoryConfig(zero_stage=stage, precision=Precision.fp32))
+    facts["lora_zero3_bf16"] = lora_facts(folder, MemoryConfig(zero_stage=3, precision=Precision.bf16))
+    facts["layerwise"] = layerwise_facts(folder)
+    facts["offload_difference"] = offload_difference(folder, reference)
+    for stage in (0, 1):
+        facts[f"unbounded_zero{stage}"] = unbounded_step(folder, replace(plain, zero_stage=stage))
     if rank() == 0:
         (folder / f"facts-{world_size()}.json").write_text(json.dumps(facts, indent=1))
     shut_down()
