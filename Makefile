@@ -8,13 +8,14 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile 
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 
-.PHONY: help run test check format test-smollm2 clean
+.PHONY: help run test check format reference test-smollm2 clean
 
 help:
 	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
 	@echo "make test          install with the development tools, then check and test"
 	@echo "make check         style, types, layering and size limits"
 	@echo "make format        put the code into the style that 'make check' wants"
+	@echo "make reference     write docs/config_reference.md and the tests' plans anew, after a change of options"
 	@echo "make test-smollm2  tests with a real pretrained model (downloads 98 MB)"
 	@echo "make clean         remove caches and the virtual environment; runs/ is kept"
 
@@ -28,7 +29,7 @@ help:
 	@touch $@
 
 .venv/installed-dev: .venv/installed
-	$(INSTALL) -e '.[demo,dev]'
+	$(INSTALL) -e '.[demo,sweeps,dev]'
 	@touch $@
 
 # Without its requirements: they need a C++ compiler, and only the model file in the package is used.
@@ -53,6 +54,10 @@ check: .venv/installed-dev
 format: .venv/installed-dev
 	$(BIN)/ruff check --fix $(STYLED)
 	$(BIN)/ruff format $(STYLED)
+
+reference: .venv/installed-dev
+	$(BIN)/python -m rlhf.stages.reference docs/config_reference.md
+	$(BIN)/python tests/config/test_combinations.py --write
 
 test-smollm2: .venv/installed-smollm2
 	$(BIN)/python -m pytest -m smollm2

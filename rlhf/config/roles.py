@@ -26,12 +26,16 @@ class Role:
 
     def accumulation_steps(self, ranks: int) -> int:
         """Micro-batches per optimizer step on each rank: batch_size / (micro_batch_size_per_gpu * ranks)."""
-        return max(1, self.batch_size // (self.micro_batch_size_per_gpu * ranks))
+        return max(1, self.batch_size // max(1, self.micro_batch_size_per_gpu * ranks))
 
 
 def roles_of(config: Config, stage: StageConfig) -> list[Role]:
     """The models that a stage keeps: without the reference where the actor with its adapters off is the reference."""
-    return [role for role in stage.roles() if role.name != "reference" or not config.lora.adapts("actor")]
+    return [
+        role
+        for role in stage.roles()
+        if role.name != "reference" or not config.lora.adapts(stage=stage.name, role="actor")
+    ]
 
 
 def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:

@@ -268,12 +268,13 @@ class LoraConfig:
         None, "Names of the linear layers to adapt; null takes the model's lora_targets."
     )
     roles: list[str] = option_factory(
-        lambda: ["model", "actor", "critic"], "The roles that are adapted: model (SFT and RM), actor, critic."
+        lambda: ["sft", "rm", "actor", "critic"],
+        "What is adapted: sft and rm (the model of that stage), actor, critic.",
     )
 
-    def adapts(self, role: str) -> bool:
-        """Whether a role is trained through adapters."""
-        return self.rank is not None and role in self.roles
+    def adapts(self, *, stage: str, role: str) -> bool:
+        """Whether a stage's role is trained through adapters."""
+        return self.rank is not None and (stage if role == "model" else role) in self.roles
 
 
 @dataclass(kw_only=True, slots=True)

@@ -80,17 +80,19 @@ def _roles_memory(memory: MemoryConfig) -> Iterator[str]:
 
 def _lora(config: Config) -> Iterator[str]:
     lora = config.lora
-    known = ("model", "actor", "critic")
+    known = ("sft", "rm", "actor", "critic")
     for role in lora.roles:
         if role not in known:
             yield f"lora.roles={lora.roles}: there is no role {role}{did_you_mean(role, known)}"
     if lora.rank is None:
         return
-    if lora.targets is None and not config.model.lora_targets:
-        yield (
-            f"lora.rank={lora.rank}: model={config.model.name} names no layers to adapt: give some, as in  "
-            "lora.targets=[q_proj,v_proj]"
-        )
+    for key, model in {"model": config.model, "reward_model": config.reward_model}.items():
+        used = set(lora.roles) & ({"sft", "actor"} if key == "model" else {"rm", "critic"})
+        if lora.targets is None and not model.lora_targets and used:
+            yield (
+                f"lora.rank={lora.rank}: {key}={model.name} names no layers to adapt: give some, as in  "
+                f"lora.targets=[q_proj,v_proj], or leave {', '.join(sorted(used))} out of lora.roles"
+            )
     if lora.dropout > 0 and config.stage.name in ("ppo", "pipeline"):
         yield f"lora.dropout={lora.dropout}: PPO needs 0, because the probability ratio must start at 1"
 

@@ -17,6 +17,8 @@ _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 # Several machines that start by themselves cannot ask one of them for a free port.
 SHARED_PORT = 29500
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"
+# DeepSpeed writes variables with this prefix into command lines on other machines, secrets too. Nothing here uses them.
+_EXPORTED = "MLFLOW"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +26,7 @@ class LaunchCommand:
     """What starts the ranks: argv, the variables added to the environment, the port, and files that it reads.
 
     `files` maps paths to contents; they are written before the launch. `local_ranks` are the ranks that run on this
-    machine, or None if that cannot be told.
+    machine, or None if that cannot be told. With `by_ssh` they run in shells that no signal reaches from here.
     """
 
     argv: tuple[str, ...]
@@ -32,6 +34,7 @@ class LaunchCommand:
     port: int
     files: Mapping[Path, str] = field(default_factory=dict)
     local_ranks: range | None = None
+    by_ssh: bool = False
 
     def shell(self) -> str:
         """The command as a line for a shell; it holds no secrets, which stay in the inherited environment."""
@@ -41,6 +44,8 @@ class LaunchCommand:
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
         """The ranks' environment."""
         environment = {name: value for name, value in inherited.items() if name not in _FOREIGN}
+        if self.local_ranks is None:
+            environment = {name: value for name, value in environment.items() if not name.startswith(_EXPORTED)}
         if "RLHF_CACHE" in environment:
             # Ranks run in another directory than the user.
             environment["RLHF_CACHE"] = os.path.abspath(os.path.expanduser(environment["RLHF_CACHE"]))
@@ -68,29 +73,34 @@ def launch_command(config: Config, *, config_path: Path, gpus: Sequence[int], no
     no_ssh = launcher.kind is LauncherKind.no_ssh
     port = launcher.master_port or (SHARED_PORT if no_ssh else free_port())
     variables = _variables(config)
-    target = ["--no_local_rank", "--master_port", str(port), "--module", "rlhf", "--config", str(config_path)]
+    program = _program(launcher.kind)
+    target = ["--no_local_rank", "--master_port", str(port), *program, "--config", str(config_path)]
     if launcher.kind is LauncherKind.local:
         on_cpu = hardware.accelerator is Accelerator.cpu
         argv = [*_launcher(), *_resources(ranks, on_cpu=on_cpu, gpus=gpus), *target]
         return LaunchCommand(argv=tuple(argv), variables=variables, port=port, local_ranks=range(ranks))
     folder = config_path.parent
     hosts = hosts_of(config) or {f"node{index}": list(range(ranks)) for index in range(hardware.nodes)}
-    files = {folder / HOSTFILE: "".join(f"{name} slots={len(slots)}\n" for name, slots in hosts.items())}
-    argv = [*_launcher(), "--hostfile", str(folder / HOSTFILE)]
     address = launcher.master_addr or next(iter(hosts))
     if no_ssh:
+        if launcher.hostfile is None and hardware.accelerator is Accelerator.cuda and len(gpus) >= ranks:
+            hosts[list(hosts)[node_rank]] = list(gpus[:ranks])
+        hostfile = folder / (f"{HOSTFILE}-{node_rank}" if node_rank else HOSTFILE)
+        argv = [*_launcher(), "--hostfile", str(hostfile), *_chosen_slots(hosts)]
         argv += ["--no_ssh", "--node_rank", str(node_rank), "--master_addr", address, *target]
         local = range(node_rank * ranks, (node_rank + 1) * ranks)
+        files = {hostfile: _hostfile(hosts)}
         return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files, local_ranks=local)
     # Read by the launcher and passed on to every machine.
     passed = variables | {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
-    files[folder / ENVIRONMENT] = "".join(f"{name}={value}\n" for name, value in passed.items())
+    files = {
+        folder / HOSTFILE: _hostfile(hosts),
+        folder / ENVIRONMENT: "".join(f"{name}={value}\n" for name, value in passed.items()),
+    }
     variables["DS_ENV_FILE"] = str(folder / ENVIRONMENT)
-    argv += [*_several_machines(config, hosts, address), *target]
-    if launcher.kind is LauncherKind.slurm:
-        # DeepSpeed's srun command leaves --module out, so that a path has to be named.
-        argv[argv.index("--module") : argv.index("rlhf") + 1] = [str(PROJECT / "rlhf" / "__main__.py")]
-    return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files)
+    argv = [*_launcher(), "--hostfile", str(folder / HOSTFILE), *_several_machines(config, hosts, address), *target]
+    by_ssh = launcher.kind is LauncherKind.pdsh
+    return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files, by_ssh=by_ssh)
 
 
 def node_commands(config: Config, *, config_path: Path, gpus: Sequence[int]) -> list[tuple[str, LaunchCommand]]:
@@ -118,20 +128,42 @@ def _variables(config: Config) -> dict[str, str]:
     return variables | config.launcher.environment
 
 
+def _program(kind: LauncherKind) -> list[str]:
+    """What every rank runs."""
+    if kind in (LauncherKind.slurm, LauncherKind.mpich):
+        # DeepSpeed's srun command leaves --module out, and the one for MPICH runs a helper's path as a module.
+        return [str(PROJECT / "rlhf" / "__main__.py")]
+    return ["--module", "rlhf"]
+
+
 def _several_machines(config: Config, hosts: Mapping[str, Sequence[int]], address: str) -> list[str]:
     launcher = config.launcher
-    argv = ["--launcher", launcher.kind.name, "--master_addr", address, "--no_ssh_check"]
+    # Without --force_multi the launcher would start the ranks of a single machine here, whatever that machine is.
+    argv = ["--launcher", launcher.kind.name, "--master_addr", address, "--no_ssh_check", "--force_multi"]
+    options = launcher.options or ""
+    if launcher.kind is LauncherKind.slurm:
+        # By itself srun fills the first machines of the allocation, and lets ranks wait for one that has died.
+        argv += ["--include", "@".join(hosts)]
+        options = f"--ntasks-per-node={len(next(iter(hosts.values())))} --kill-on-bad-exit=1 {options}".rstrip()
     if launcher.kind is LauncherKind.pdsh:
-        argv.append("--force_multi")
+        argv += _chosen_slots(hosts)
     if launcher.ssh_port is not None:
         argv += ["--ssh_port", str(launcher.ssh_port)]
-    if launcher.options:
+    if options:
         # As one word: the launcher would take a text that begins with a dash for an option of its own.
-        argv.append(f"--launcher_args={launcher.options}")
-    uneven = any(list(slots) != list(range(len(slots))) for slots in hosts.values())
-    if uneven and launcher.kind is LauncherKind.pdsh:
-        argv += ["--include", "@".join(f"{name}:{','.join(map(str, slots))}" for name, slots in hosts.items())]
+        argv.append(f"--launcher_args={options}")
     return argv
+
+
+def _hostfile(hosts: Mapping[str, Sequence[int]]) -> str:
+    """The launcher's hostfile; it counts a machine's slots up to the last one that is used."""
+    return "".join(f"{name} slots={max(slots) + 1}\n" for name, slots in hosts.items())
+
+
+def _chosen_slots(hosts: Mapping[str, Sequence[int]]) -> list[str]:
+    if all(list(slots) == list(range(len(slots))) for slots in hosts.values()):
+        return []
+    return ["--include", "@".join(f"{name}:{','.join(map(str, slots))}" for name, slots in hosts.items())]
 
 
 def _launcher() -> list[str]:

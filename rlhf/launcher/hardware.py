@@ -25,6 +25,7 @@ from rlhf.config.schema import (
 from rlhf.planner.memory import choose_zero_stage, gathers_for_rollout, substages
 
 CPU_RANKS = 2
+MICRO_BATCH = 8  # Sequences in a micro-batch that nobody chose, at most.
 _RUNS_HERE = (LauncherKind.local, LauncherKind.no_ssh)
 
 
@@ -143,6 +144,7 @@ def resolve(config: Config, machine: Machine) -> Config:
     stage = _absolute_models(config.stage)
     if config.hardware.gpus_per_node is None:
         hardware, stage = _divided(hardware, stage)
+    stage = _with_micro_batches(stage, max(1, (hardware.gpus_per_node or 1) * hardware.nodes), shrink=False)
     config = replace(
         config,
         stage=stage,
@@ -193,23 +195,28 @@ def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConf
     multiple of their micro-batch are left as they are, for the user to mend.
     """
     roles = [role for inner in substages(stage) for role in inner.roles()]
-    if any(role.micro_batch_size_per_gpu < 1 or role.batch_size % role.micro_batch_size_per_gpu for role in roles):
+    if any(role.batch_size % (role.micro_batch_size_per_gpu or 1) for role in roles):
         return hardware, stage
     batches = [role.batch_size for role in roles]
     available = hardware.gpus_per_node or 1
     ranks = next((n for n in range(available, 0, -1) if all(batch % n == 0 for batch in batches)), 1)
     per_node = replace(hardware, gpus_per_node=ranks)
-    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes))
+    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), shrink=True)
 
 
-def _with_micro_batches(stage: StageConfig, ranks: int) -> StageConfig:
+def _with_micro_batches(stage: StageConfig, ranks: int, *, shrink: bool) -> StageConfig:
+    """Choose the micro-batches that are left open, and with `shrink` make those smaller that do not divide."""
     changed: dict[str, Any] = {}
     for entry in fields(stage):
         value = getattr(stage, entry.name)
         if isinstance(value, StageConfig):
-            changed[entry.name] = _with_micro_batches(value, ranks)
+            changed[entry.name] = _with_micro_batches(value, ranks, shrink=shrink)
         elif entry.name == "micro_batch_size_per_gpu":
-            changed[entry.name] = math.gcd(value, *(role.batch_size // ranks for role in stage.roles())) or value
+            share = math.gcd(*(role.batch_size // ranks for role in stage.roles()))
+            if value == 0:
+                changed[entry.name] = max((n for n in range(1, MICRO_BATCH + 1) if share % n == 0), default=1)
+            elif shrink:
+                changed[entry.name] = math.gcd(value, share) or value
     return replace(stage, **changed)
 
 

@@ -15,6 +15,13 @@ PROGRAMS = {
     LauncherKind.mpich: ("mpirun", "mpich"),
     LauncherKind.slurm: ("sinfo", "slurm-client"),
 }
+# Values that pdsh's remote shell leaves as they are, and those that mpirun gets without DeepSpeed's quotes around them.
+_FIT = {
+    LauncherKind.pdsh: r'[^"$`\\\n]*',
+    LauncherKind.openmpi: r"[\w@%+=:,./-]*",
+    LauncherKind.mpich: r"[\w@%+=:,./-]*",
+}
+_CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
 _SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", flags=re.IGNORECASE)
 
 
@@ -63,7 +70,7 @@ def select_hosts(hosts: dict[str, int], *, include: str | None, exclude: str | N
 def launcher_problems(config: Config) -> Iterator[str]:
     """Yield what is wrong with the launcher's options for a resolved configuration."""
     launcher, nodes = config.launcher, config.hardware.nodes
-    for name in launcher.environment:
+    for name, value in launcher.environment.items():
         if _SECRET.search(name):
             yield (
                 f"launcher.environment.{name}: what looks like a secret would appear in command lines and files: put "
@@ -71,6 +78,8 @@ def launcher_problems(config: Config) -> Iterator[str]:
             )
         elif not name.isidentifier():
             yield f"launcher.environment.{name}: is not a name of an environment variable"
+        elif re.fullmatch(_FIT.get(launcher.kind, r"[^\n]*"), value) is None:
+            yield f"launcher.environment.{name}={value}: launcher={launcher.kind.name} cannot pass on such characters"
     if launcher.include and launcher.exclude:
         yield f"launcher.include={launcher.include}: give either include or exclude, not both"
     if launcher.kind is LauncherKind.local:
@@ -78,6 +87,8 @@ def launcher_problems(config: Config) -> Iterator[str]:
             yield "launcher.include and launcher.exclude need a hostfile: with launcher=local set CUDA_VISIBLE_DEVICES"
     elif launcher.kind is LauncherKind.no_ssh:
         yield from _no_ssh_problems(launcher, nodes, running=config.mode is Mode.run)
+        if launcher.hostfile or launcher.include or launcher.exclude:
+            yield from _hostfile_problems(config)
     else:
         yield from _hostfile_problems(config)
         program, package = PROGRAMS[launcher.kind]
@@ -132,6 +143,13 @@ def _hostfile_problems(config: Config) -> Iterator[str]:
     short = [f"{name} {len(slots)}" for name, slots in list(chosen.items())[: hardware.nodes] if len(slots) < per_node]
     if short:
         yield f"{key}: too few slots for hardware.gpus_per_node={per_node}: {', '.join(short)}"
+    used = [slots[:per_node] for slots in list(chosen.values())[: hardware.nodes]]
+    if launcher.kind not in _CHOOSING and not short and any(slots != list(range(per_node)) for slots in used):
+        option = "include" if launcher.include else "exclude"
+        yield (
+            f"launcher.{option}={getattr(launcher, option)}: launcher={launcher.kind.name} can choose machines, but "
+            f"takes the first {per_node} GPUs of each"
+        )
 
 
 def hosts_of(config: Config) -> dict[str, list[int]] | None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import secrets
 import signal
 import subprocess
@@ -22,8 +23,11 @@ POLL_SECONDS = 0.15
 FAILURE_GRACE = 8.0
 SIGNAL_GRACE = 8.0
 FINISH_GRACE = 30.0
+# Time in which the ranks of other machines see that they are to end; their file system may look only now and then.
+ELSEWHERE_GRACE = 3.0
 _TAIL_LINES = 20
 _CLOCK_SLACK = 2.0  # Clocks of machines that share a file system differ.
+_UNREACHABLE = 255  # ssh's own exit code
 _POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
@@ -64,11 +68,11 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
 
     Success means that every rank wrote its marker, whatever the launcher's exit code is. The first rank that fails
     ends the run. Signals go on to all processes; after a grace time, or at the second signal, they are killed.
+    Ranks of other machines learn from the file `stop` that they are to end.
     """
     log = run_dir / "logs" / "launcher.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    stop = run_dir / STOP
-    stop.unlink(missing_ok=True)
+    (run_dir / STOP).unlink(missing_ok=True)
     started = time.time()
     mark = secrets.token_hex(8)
     environment = command.environment(os.environ) | watchdog_variables() | {RUN_MARK: mark}
@@ -83,14 +87,12 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
             start_new_session=True,
         )
         processes = RunProcesses(launcher.pid, mark)
+        told = False
         try:
-            deaths = _watch(launcher, processes, received, run_dir=run_dir, ranks=ranks, on_poll=on_poll, since=started)
+            deaths = _watch(command, launcher, processes, received, run_dir, ranks, on_poll=on_poll, since=started)
             _await_other_machines(command, run_dir, ranks, launcher)
         finally:
-            if not is_finished(run_dir, ranks):
-                stop.touch()
-            processes.end(grace=0.0 if len(received) > 1 else 3.0)
-            launcher.wait()
+            told = _end(command, launcher, processes, run_dir, ranks, grace=0.0 if len(received) > 1 else 3.0)
             on_poll()
             remove_shared_memory(port=command.port, pids=processes.pids)
         if received:
@@ -98,7 +100,40 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
             return Outcome(128 + received[0], f"interrupted by {name}: all ranks have ended; logs: {run_dir / 'logs'}")
     if is_finished(run_dir, ranks):
         return Outcome(0)
-    return _failure(run_dir, deaths, launcher.returncode, since=started)
+    error, lost = _first_error(run_dir, since=started), _lost_machines(command, run_dir)
+    if told and error is None:
+        why = "launch.py on another machine has ended this run: see what it says"
+        return Outcome(1, f"{why}; logs: {run_dir / 'logs'}")
+    return _failure(run_dir, error, [] if told else deaths, lost, launcher.returncode)
+
+
+def _elsewhere(command: LaunchCommand, ranks: int) -> bool:
+    """Whether this machine's processes do not know when the ranks of other machines end, and cannot end them."""
+    return command.by_ssh or (command.local_ranks is not None and len(command.local_ranks) < ranks)
+
+
+def _end(
+    command: LaunchCommand,
+    launcher: "subprocess.Popen[bytes]",
+    processes: RunProcesses,
+    run_dir: Path,
+    ranks: int,
+    *,
+    grace: float,
+) -> bool:
+    """End all processes here, and those of other machines if the run failed; return whether others had ended it."""
+    stop = run_dir / STOP
+    told, failed = stop.exists(), not is_finished(run_dir, ranks)
+    if failed:
+        stop.touch()
+    if command.by_ssh:
+        # Asked politely, it would end every DeepSpeed job of this user on all the machines.
+        launcher.kill()
+    processes.end(grace=grace)
+    launcher.wait()
+    if failed and _elsewhere(command, ranks):
+        time.sleep(ELSEWHERE_GRACE)
+    return told
 
 
 def _await_other_machines(
@@ -106,38 +141,52 @@ def _await_other_machines(
 ) -> None:
     """Give the ranks that other machines started time to write their markers."""
     deadline = time.monotonic() + FINISH_GRACE
-    elsewhere = command.local_ranks is not None and len(command.local_ranks) < ranks
+    elsewhere = _elsewhere(command, ranks)
     while elsewhere and launcher.poll() == 0 and not is_finished(run_dir, ranks) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
 
 
 def _watch(
-    launcher: subprocess.Popen[bytes],
+    command: LaunchCommand,
+    launcher: "subprocess.Popen[bytes]",
     processes: RunProcesses,
     received: list[int],
-    *,
     run_dir: Path,
     ranks: int,
+    *,
     on_poll: Callable[[], None],
     since: float,
 ) -> list[Death]:
     """Wait until the launcher ends or has to be ended; return the ranks that died before."""
     deadline = float("inf")
     forwarded = False
+    here = 0 if command.by_ssh else ranks if command.local_ranks is None else len(command.local_ranks)
     while launcher.poll() is None and time.monotonic() < deadline and len(received) < 2:
         on_poll()
-        processes.find_ranks(ranks)
+        processes.find_ranks(here)
         now = time.monotonic()
         if received and not forwarded:
             forwarded = True
+            if command.by_ssh:
+                break
             processes.send(received[0])
             deadline = min(deadline, now + SIGNAL_GRACE)
-        if _first_error(run_dir, since=since) is not None or _failed(run_dir, processes.deaths()):
+        failed = _failed(run_dir, processes.deaths()) or _lost_machines(command, run_dir)
+        if failed or _first_error(run_dir, since=since) is not None:
             deadline = min(deadline, now + FAILURE_GRACE)
         elif is_finished(run_dir, ranks):
             deadline = min(deadline, now + FINISH_GRACE)
         time.sleep(POLL_SECONDS)
     return _failed(run_dir, processes.deaths())
+
+
+def _lost_machines(command: LaunchCommand, run_dir: Path) -> list[tuple[str, int]]:
+    """The machines whose ranks ended badly and the exit codes there, as pdsh reports them; it waits for the others."""
+    if not command.by_ssh:
+        return []
+    log = (run_dir / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    reports = re.findall(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)$", log, flags=re.MULTILINE)
+    return [(machine, int(code)) for machine, code in reports]
 
 
 def _failed(run_dir: Path, deaths: list[Death]) -> list[Death]:
@@ -161,20 +210,23 @@ def _first_error(run_dir: Path, *, since: float) -> dict[str, Any] | None:
     return min(found, key=lambda item: item[:2])[2] if found else None
 
 
-def _failure(run_dir: Path, deaths: list[Death], launcher_code: int, *, since: float) -> Outcome:
+def _failure(
+    run_dir: Path, error: dict[str, Any] | None, deaths: list[Death], lost: list[tuple[str, int]], launcher_code: int
+) -> Outcome:
     """Say why a run failed: the user's error, else a rank that was killed, else a traceback, else what the logs say."""
-    error = _first_error(run_dir, since=since)
     if error is not None and error["user_error"]:
         return Outcome(2, str(error["message"]))
     logs = f"logs: {run_dir / 'logs'}"
-    killed = [death for death in deaths if death.signal is not None and death.signal not in _POLITE]
-    # The launcher's exit code is the first dead rank's, modulo 256: above 192 it was a signal's.
-    signum = killed[0].signal if killed else 256 - launcher_code if 192 < launcher_code < 256 else None
-    if signum is not None and (killed or error is None):
-        who = f"rank {killed[0].rank}" if killed else f"rank {deaths[0].rank}" if len(deaths) == 1 else "a rank"
-        hint = "; the machine may have run out of memory" if signum == signal.SIGKILL else ""
-        log = run_dir / "logs" / f"rank{killed[0].rank}.log" if killed else run_dir / "logs" / "launcher.log"
-        return Outcome(1, f"{who} was killed by signal {signum} ({_name(signum)}){hint}\n{_tail(log)}{logs}")
+    signals = [(f"rank {dead.rank}", f"rank{dead.rank}", dead.signal) for dead in deaths if dead.signal not in _POLITE]
+    signals += [(f"a rank on {machine}", "launcher", _signal_of(code)) for machine, code in lost]
+    if error is None:
+        who = f"rank {deaths[0].rank}" if len(deaths) == 1 else "a rank"
+        signals.append((who, "launcher", _signal_of(launcher_code)))
+    for who, log, signum in signals:
+        if signum is not None:
+            hint = "; the machine may have run out of memory" if signum == signal.SIGKILL else ""
+            tail = _tail(run_dir / "logs" / f"{log}.log")
+            return Outcome(1, f"{who} was killed by signal {signum} ({_name(signum)}){hint}\n{tail}{logs}")
     if error is not None:
         return Outcome(1, f"rank {error['rank']} failed\n{str(error['traceback']).rstrip()}\n{logs}")
     tail = _tail(run_dir / "logs" / "launcher.log")
@@ -182,9 +234,18 @@ def _failure(run_dir: Path, deaths: list[Death], launcher_code: int, *, since: f
     if coded:
         own = _tail(run_dir / "logs" / f"rank{coded[0].rank}.log")
         return Outcome(1, f"rank {coded[0].rank} ended with exit code {coded[0].code}\n{own or tail}{logs}")
+    if lost:
+        machine, code = lost[0]
+        what = "cannot be reached, or the connection broke: ssh" if code == _UNREACHABLE else "failed: its launcher"
+        return Outcome(1, f"machine {machine} {what} ended with exit code {code}\n{tail}{logs}")
     if launcher_code in (0, -signal.SIGTERM, -signal.SIGKILL):
         return Outcome(1, f"the deepspeed launcher ended before the ranks had finished: was it killed?\n{tail}{logs}")
     return Outcome(1, f"the deepspeed launcher ended with exit code {launcher_code}\n{tail}{logs}")
+
+
+def _signal_of(code: int) -> int | None:
+    """The signal that ended a rank, from its launcher's exit code: that is the rank's, modulo 256."""
+    return 256 - code if 192 < code < _UNREACHABLE else None
 
 
 def _name(signum: int) -> str:

@@ -11,13 +11,13 @@ from pathlib import Path
 from rlhf.config.roles import Role, roles_of
 from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig, WeightSource
 from rlhf.planner.architecture import architecture_of, from_directory
-from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count
+from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count, scalar_head_parameters
 
 GIB = 1024**3
 # The device's context, communication buffers and fragmentation, per GPU; on a CPU the Python process.
 RESERVE_GIB = {Accelerator.cuda: 4.7, Accelerator.cpu: 0.5}
 ACTIVATION_SHARE = 0.15
-_MASTER_AND_MOMENTS = 12  # fp32 weights and Adam's two moments
+_FP32 = 4
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,11 +82,13 @@ def ranks_of(config: Config) -> int:
 
 def role_model(config: Config, stage: StageConfig, role: Role) -> ModelConfig:
     """The configured model that a role has the sizes of: a directory that the stage names goes before the choice."""
+    reward_model = config.reward_model if config.reward_model.name else config.model
+    chosen = config.model if role.model_key == "model" else reward_model
     directory = getattr(stage, role.directory_key, None) if role.directory_key else None
     if isinstance(directory, str) and from_directory(Path(directory)) is not None:
-        return ModelConfig(name=role.name, source=WeightSource.pretrained, path=directory)
-    reward_model = config.reward_model if config.reward_model.name else config.model
-    return config.model if role.model_key == "model" else reward_model
+        targets = chosen.lora_targets
+        return ModelConfig(name=role.name, source=WeightSource.pretrained, path=directory, lora_targets=targets)
+    return chosen
 
 
 def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
@@ -130,16 +132,26 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
     placed = config.memory.of_role(role.name, trained=trained)
     parameters = parameter_count(sizes, head=Head.scalar if role.scalar else Head.lm)
     trainable = parameters if trained else 0
-    if trained and config.lora.adapts(role.name):
+    if trained and config.lora.adapts(stage=stage.name, role=role.name):
         assert config.lora.rank is not None
         targets = model.lora_targets if config.lora.targets is None else config.lora.targets
         trainable = lora_parameter_count(sizes, rank=config.lora.rank, targets=targets)
         parameters += trainable
+        if role.scalar:
+            # The head of a scalar model is not adapted but trained itself.
+            trainable += scalar_head_parameters(sizes)
     zero = placed.zero_stage
+    # Adam's two moments, and the fp32 weights that it updates: ZeRO keeps its own even of an fp32 model.
+    optimizer_width = 2 * _FP32 if zero == 0 and width == _FP32 else 3 * _FP32
     weights = width * parameters / (ranks if zero == 3 else 1)
     gradients = width * trainable / (ranks if zero >= 2 else 1)
-    optimizer = _MASTER_AND_MOMENTS * trainable / (ranks if zero >= 1 else 1)
-    host = (weights if placed.offload_parameters else 0.0) + (optimizer if placed.offload_optimizer else 0.0)
+    optimizer = optimizer_width * trainable / (ranks if zero >= 1 else 1)
+    host = weights if placed.offload_parameters else 0.0
+    if placed.offload_optimizer:
+        # The optimizer there has fp32 gradients of its own; ZeRO-3 keeps the others there, too.
+        host += optimizer + _FP32 * trainable / ranks
+        if zero == 3:
+            host, gradients = host + gradients, 0.0
     return RoleStates(
         role=role.name,
         parameters=parameters,

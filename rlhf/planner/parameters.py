@@ -71,8 +71,13 @@ def parameter_count(sizes: ArchitectureConfig, *, head: Head = Head.lm) -> int:
     final_norm = (2 * h if sizes.family in ("opt", "gpt_neox", "bloom") else h) if sizes.final_norm else 0
     body = embedding_parameters(sizes) + sizes.num_layers * block_parameters(sizes) + final_norm
     if head is Head.scalar:
-        return body + (sizes.embedding_size or h)
+        return body + scalar_head_parameters(sizes)
     return body + (0 if sizes.tied_embeddings else sizes.vocab_size * (sizes.embedding_size or h))
+
+
+def scalar_head_parameters(sizes: ArchitectureConfig) -> int:
+    """The weights that make one number of a token's last hidden state."""
+    return sizes.embedding_size or sizes.hidden_size
 
 
 def lora_parameter_count(sizes: ArchitectureConfig, *, rank: int, targets: Sequence[str]) -> int:

@@ -135,7 +135,7 @@ def count_steps(*, batches_per_epoch: int, epochs: float, max_steps: int | None)
 
 def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
     """Put adapters into a role's model, if the run's options say so. Before its engine is built."""
-    if not config.lora.adapts(role.name):
+    if not config.lora.adapts(stage=config.stage.name, role=role.name):
         return
     assert config.lora.rank is not None
     chosen: ModelConfig = getattr(config, role.model_key)

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from rlhf.config.errors import ConfigError
@@ -24,7 +25,7 @@ from rlhf.planner.lengths import directory_problems, length_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
 from rlhf.stages import stage_config_class
 from rlhf.stages.pipeline.steps import stage_runs
-from rlhf.tracking.records import SUMMARY, read_json
+from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,9 +193,13 @@ def goes_on(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
 
 
 def objective(runs: list[StageRun]) -> float | None:
-    """The last stage's objective, of its evaluation after training."""
+    """The last stage's objective: of its evaluation after training, or the median of a metric of its steps."""
     last = runs[-1]
-    value = (read_json(last.directory / SUMMARY).get("after") or {}).get(last.config.stage.objective)
+    name = last.config.stage.objective
+    value = (read_json(last.directory / SUMMARY).get("after") or {}).get(name)
+    values = [row[name] for row in read_rows(last.directory / METRICS) if isinstance(row.get(name), int | float)]
+    if value is None and values:
+        value = median(values)
     return float(value) if isinstance(value, int | float) else None
 
 

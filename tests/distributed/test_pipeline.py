@@ -1,56 +1,20 @@
 """The whole pipeline in miniature, as a user starts it: launch.py, the real launcher, two ranks, three stages."""
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from miniature import launch, miniature
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-ROOT = Path(__file__).resolve().parents[2]
-WORDS = ["film", "story", "plot", "cast", "scene", "music", "hero", "end", "joke", "shot"]
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run launch.py in the way that the README says."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "launch.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        check=False,
-        env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
-    )
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], subprocess.CompletedProcess[str]]:
     """A finished run, the command line that made it, and what that printed."""
     folder = tmp_path_factory.mktemp("pipeline")
-    rows = [
-        {
-            "prompt": f"Tell me about the {first} and the {second}.",
-            "chosen": f"The {first} was good, the {second} lovely.",
-            "rejected": f"The {first} was bad, the {second} awful.",
-        }
-        for first in WORDS
-        for second in WORDS
-    ]
-    data = folder / "pairs.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    arguments = [
-        *("data=files", f"data.sources.main.path={data}", f"run_dir={folder / 'run'}"),
-        *("data.max_prompt_length=64", "data.max_response_length=32", "data.split.held_out=0.2", "memory=zero2"),
-        *("model.scratch.vocab_size=320", "model.scratch.hidden_size=32", "model.scratch.num_layers=2"),
-        *("model.scratch.num_heads=2", "model.scratch.intermediate_size=64"),
-        *("stage.sft.batch_size=8", "stage.sft.micro_batch_size_per_gpu=2", "stage.sft.max_steps=2"),
-        *("stage.rm.batch_size=8", "stage.rm.micro_batch_size_per_gpu=2", "stage.rm.max_steps=2"),
-        *("stage.ppo.rollout_batch_size=8", "stage.ppo.mini_batch_size=4", "stage.ppo.micro_batch_size_per_gpu=1"),
-        *("stage.ppo.iterations=2", "stage.ppo.eval_prompts=4"),
-    ]
+    arguments = [*miniature(folder), f"run_dir={folder / 'run'}", "memory=zero2"]
     return folder / "run", arguments, launch(*arguments)
 
 

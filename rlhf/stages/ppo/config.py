@@ -25,7 +25,9 @@ class PPOConfig(StageConfig):
     iterations: int = option(100, "Rollouts, each followed by its updates.", minimum=1)
     rollout_batch_size: int = option(128, "Prompts per rollout, over all ranks.", minimum=1)
     mini_batch_size: int = option(64, "Sequences per optimizer step, over all ranks.")
-    micro_batch_size_per_gpu: int = option(8, "Sequences per forward and backward pass on one rank.")
+    micro_batch_size_per_gpu: int = option(
+        0, "Sequences per forward and backward pass on one rank; 0: as many as divide the batch, up to 8.", minimum=0
+    )
     ppo_epochs: int = option(1, "Passes over each rollout batch; it is shuffled for each of them.", minimum=1)
     kl_coef: float = option(0.05, "Weight of the per-token KL penalty (k1 estimator) in the reward.", minimum=0)
     kl_target: float | None = option(

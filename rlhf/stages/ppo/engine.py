@@ -70,7 +70,7 @@ class DeepSpeedRLHFEngine:
             )
         self.actor_model, self.actor = self._causal("actor", actor_model_name_or_path)
         # With its adapters off, an adapted actor is the model that it started from: no second copy is kept.
-        adapted = args.lora.adapts("actor")
+        adapted = args.lora.adapts(stage=args.stage.name, role="actor")
         self.reference = AdaptersOff(self.actor) if adapted else self._causal("reference", actor_model_name_or_path)[1]
         critic_start = critic_model_name_or_path if reward_tokenizer is None else actor_model_name_or_path
         self.critic_model, self.critic = self._scalar("critic", critic_start, tokenizer)

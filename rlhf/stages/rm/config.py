@@ -18,7 +18,9 @@ class RMConfig(StageConfig):
         "Directory of the model to start from; null starts from `reward_model` (a pipeline fills in its SFT model).",
     )
     batch_size: int = option(64, "Pairs per optimizer step, over all ranks.")
-    micro_batch_size_per_gpu: int = option(8, "Pairs per forward and backward pass on one rank.")
+    micro_batch_size_per_gpu: int = option(
+        0, "Pairs per forward and backward pass on one rank; 0: as many as divide the batch, up to 8.", minimum=0
+    )
     epochs: float = option(1.0, "Passes over the training part.", above=0)
     max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.", minimum=1)
     eval_every: int = option(

@@ -14,7 +14,9 @@ class SFTConfig(StageConfig):
     name: str = option("sft", "The stage: a folder of rlhf/stages.")
     objective: str = option("eval/loss", "The metric of the last evaluation that a sweep compares runs by.")
     batch_size: int = option(64, "Sequences per optimizer step, over all ranks.")
-    micro_batch_size_per_gpu: int = option(8, "Sequences per forward and backward pass on one rank.")
+    micro_batch_size_per_gpu: int = option(
+        0, "Sequences per forward and backward pass on one rank; 0: as many as divide the batch, up to 8.", minimum=0
+    )
     epochs: float = option(1.0, "Passes over the training part.", above=0)
     max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.", minimum=1)
     eval_every: int = option(

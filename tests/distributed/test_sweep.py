@@ -1,0 +1,81 @@
+"""Sweeps that really train, in miniature: shared stages, failures, and the same command for what is missing."""
+
+import csv
+import importlib.util
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+from miniature import launch, miniature, small_model
+
+Swept = tuple[Path, list[str], subprocess.CompletedProcess[str]]
+
+
+def table(folder: Path) -> list[dict[str, str]]:
+    """The rows of the only sweep's summary."""
+    (path,) = (folder / "runs" / "sweeps").glob("*/summary.csv")
+    return list(csv.DictReader(path.open()))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
+    """Three jobs that share SFT and reward model, of which the third cannot run; the command line; what it printed."""
+    folder = tmp_path_factory.mktemp("sweep")
+    arguments = ["-m", *miniature(folder), "stage.ppo.kl_coef=0.02,0.05,-1", "hardware=cpu"]
+    return folder, arguments, launch(*arguments, folder=folder)
+
+
+def test_a_stage_with_the_same_inputs_is_trained_once(swept: Swept) -> None:
+    _, _, done = swept
+    lines = done.stdout.splitlines()
+    for stage in ("sft", "rm"):
+        assert sum(line.startswith(f"{stage}: 2 ranks") for line in lines) == 1, done.stdout
+        assert sum(line.startswith(f"{stage}: reused, trained with the same inputs by ") for line in lines) == 1
+    assert sum(line.startswith("ppo: 2 ranks") for line in lines) == 2
+
+
+def test_the_summary_tells_what_came_of_each_job(swept: Swept) -> None:
+    folder, _, done = swept
+    assert done.returncode == 2  # One job could not run.
+    rows = table(folder)
+    assert [(row["stage.ppo.kl_coef"], row["state"]) for row in rows] == [
+        ("0.02", "done"),
+        ("0.05", "done"),
+        ("-1", "failed"),
+    ]
+    for row in rows[:2]:
+        summary = json.loads((Path(row["run"]) / "ppo" / "summary.json").read_text())
+        assert float(row["eval/score"]) == pytest.approx(summary["after"]["eval/score"], rel=1e-3)
+        assert (Path(row["run"]) / "report.html").is_file()
+    assert "stage.ppo.kl_coef=-1: stage.ppo.kl_coef=-1.0: must be at least 0" in done.stdout.replace("  ", " ")
+    assert list((folder / "runs" / "sweeps").glob("*/summary.png"))
+
+
+def test_the_same_command_trains_what_is_missing_only(swept: Swept) -> None:
+    folder, arguments, _ = swept
+    second = Path(table(folder)[1]["run"])
+    (second / "ppo" / "done" / "rank1").unlink()  # As if it had been killed at the end.
+    again = launch(*arguments, folder=folder)
+    lines = again.stdout.splitlines()
+    assert sum(line.startswith("finished before, kept: ") for line in lines) == 1
+    assert [line for line in lines if line.startswith(("sft: 2 ranks", "rm: 2 ranks"))] == []
+    assert sum(line.startswith("ppo: ") and "reused" in line for line in lines) == 1
+    assert [row["state"] for row in table(folder)] == ["done", "done", "failed"]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("optuna") is None, reason="needs the extra [sweeps]")
+def test_optuna_searches_over_the_same_path(tmp_path: Path) -> None:
+    arguments = [
+        *("-m", "stage=sft", *small_model(tmp_path), "hardware=cpu"),
+        *("stage.batch_size=8", "stage.micro_batch_size_per_gpu=2", "stage.max_steps=2"),
+        *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"),
+        *("hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=1"),
+        "stage.optimizer.learning_rate=interval(0.0001, 0.01)",
+    ]
+    done = launch(*arguments, folder=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table(tmp_path)
+    assert [row["state"] for row in rows] == ["done", "done"]
+    assert len({row["stage.optimizer.learning_rate"] for row in rows}) == 2
+    assert all(0 < float(row["eval/loss"]) < 10 for row in rows)

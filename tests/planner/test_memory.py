@@ -1,0 +1,227 @@
+"""Model states against formulas written by hand (Rajbhandari et al. 2020, section 3), and what is chosen by them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from built import SMALL, transformers_config
+
+from rlhf.config.schema import (
+    Accelerator,
+    Config,
+    HardwareConfig,
+    LoraConfig,
+    MemoryConfig,
+    ModelConfig,
+    Precision,
+    RoleMemoryConfig,
+)
+from rlhf.planner.memory import (
+    GIB,
+    RoleStates,
+    choose_zero_stage,
+    gathers_for_rollout,
+    memory_problems,
+    stage_memory,
+)
+from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count
+from rlhf.stages.pipeline.config import PipelineConfig
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.rm.config import RMConfig
+from rlhf.stages.sft.config import SFTConfig
+
+RANKS = 4
+TARGETS = ["q_proj", "v_proj"]
+POLICY = ModelConfig(name="policy", architecture=SMALL["llama"], lora_targets=TARGETS)
+REWARD = ModelConfig(name="reward", architecture=SMALL["opt"], lora_targets=TARGETS)
+LM, SCALAR = parameter_count(SMALL["llama"]), parameter_count(SMALL["opt"], head=Head.scalar)
+
+
+def config(
+    zero_stage: int | None, *, ranks: int = RANKS, precision: Precision = Precision.bf16, gib: float = 80.0
+) -> Config:
+    """A policy and a reward model of two families on one machine with so many GPUs."""
+    hardware = HardwareConfig(
+        name="some", accelerator=Accelerator.cuda, gpus_per_node=ranks, gpu_memory_gib=gib, host_memory_gib=100.0
+    )
+    memory = MemoryConfig(zero_stage=zero_stage, precision=precision)
+    return Config(stage=SFTConfig(), model=POLICY, reward_model=REWARD, hardware=hardware, memory=memory)
+
+
+def states(config: Config) -> dict[str, RoleStates]:
+    """The states of the configuration's stage by role."""
+    estimate = stage_memory(config, config.stage)
+    assert estimate is not None
+    return {role.role: role for role in estimate.roles}
+
+
+def parts(role: RoleStates) -> tuple[float, float, float]:
+    """Bytes of weights, gradients and optimizer."""
+    return role.weights, role.gradients, role.optimizer
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "expected"),
+    [
+        (0, (2 * LM, 2 * LM, 12 * LM)),
+        (1, (2 * LM, 2 * LM, 12 * LM / 4)),
+        (2, (2 * LM, 2 * LM / 4, 12 * LM / 4)),
+        (3, (2 * LM / 4, 2 * LM / 4, 12 * LM / 4)),
+    ],
+)
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
+def test_mixed_precision_takes_sixteen_bytes_that_zero_divides(
+    zero_stage: int, expected: tuple[float, float, float], precision: Precision
+) -> None:
+    (role,) = states(config(zero_stage, precision=precision)).values()
+    assert parts(role) == expected
+    assert (role.parameters, role.trainable, role.device, role.host) == (LM, LM, sum(expected), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "expected"),
+    [
+        (0, (4 * LM, 4 * LM, 8 * LM)),
+        (1, (4 * LM, 4 * LM, 12 * LM / 4)),
+        (2, (4 * LM, 4 * LM / 4, 12 * LM / 4)),
+        (3, (4 * LM / 4, 4 * LM / 4, 12 * LM / 4)),
+    ],
+)
+def test_fp32_needs_no_master_weights_but_zero_makes_them(
+    zero_stage: int, expected: tuple[float, float, float]
+) -> None:
+    (role,) = states(config(zero_stage, precision=Precision.fp32)).values()
+    assert parts(role) == expected
+
+
+def test_ppo_keeps_two_trained_and_two_frozen_models() -> None:
+    for zero_stage, shared in ((0, 1), (1, 1), (2, 1), (3, RANKS)):
+        found = states(replace(config(zero_stage), stage=PPOConfig()))
+        assert list(found) == ["actor", "critic", "reference", "reward_model"]
+        assert parts(found["reference"]) == (2 * LM / shared, 0.0, 0.0)
+        assert parts(found["reward_model"]) == (2 * SCALAR / shared, 0.0, 0.0)
+        assert found["actor"].weights == 2 * LM / shared
+        assert found["critic"].optimizer == 12 * SCALAR / (RANKS if zero_stage else 1)
+    whole = stage_memory(replace(config(3), stage=PPOConfig()), PPOConfig())
+    assert whole is not None and whole.gathered == 2 * LM
+    kept = stage_memory(replace(config(2), stage=PPOConfig()), PPOConfig())
+    assert kept is not None and kept.gathered == 0.0
+
+
+def test_roles_may_be_placed_apart() -> None:
+    ppo = replace(config(1), stage=PPOConfig())
+    memory = replace(ppo.memory, actor=RoleMemoryConfig(zero_stage=3), reference=RoleMemoryConfig(zero_stage=3))
+    found = states(replace(ppo, memory=memory))
+    assert parts(found["actor"]) == (2 * LM / 4, 2 * LM / 4, 12 * LM / 4)
+    assert parts(found["critic"]) == (2 * SCALAR, 2 * SCALAR, 12 * SCALAR / 4)
+    assert parts(found["reference"]) == (2 * LM / 4, 0.0, 0.0)
+
+
+def test_adapters_leave_little_to_train() -> None:
+    rank = 8
+    adapters = lora_parameter_count(SMALL["llama"], rank=rank, targets=TARGETS)
+    own = lora_parameter_count(SMALL["opt"], rank=rank, targets=TARGETS)
+    head = 24  # OPT's embedding_size here, which its head reads.
+    ppo = replace(config(1), stage=PPOConfig(), lora=LoraConfig(rank=rank))
+    found = states(ppo)
+    assert list(found) == ["actor", "critic", "reward_model"]  # The actor without adapters is the reference.
+    assert parts(found["actor"]) == (2 * (LM + adapters), 2 * adapters, 12 * adapters / 4)
+    assert parts(found["critic"]) == (2 * (SCALAR + own), 2 * (own + head), 12 * (own + head) / 4)
+    only_actor = states(replace(ppo, lora=LoraConfig(rank=rank, roles=["actor"])))
+    assert (only_actor["critic"].trainable, only_actor["actor"].trainable) == (SCALAR, adapters)
+    (model,) = states(replace(ppo, stage=RMConfig())).values()
+    assert model.trainable == own + head
+
+
+def test_a_directory_has_its_own_sizes_and_the_chosen_model_s_adapters(tmp_path: Path) -> None:
+    sizes = replace(SMALL["llama"], num_layers=5)
+    transformers_config(sizes).save_pretrained(tmp_path)
+    ppo = replace(config(0), stage=PPOConfig(actor_model=str(tmp_path)), lora=LoraConfig(rank=8))
+    actor = states(ppo)["actor"]
+    assert actor.trainable == lora_parameter_count(sizes, rank=8, targets=TARGETS) > 0
+    assert actor.parameters == parameter_count(sizes) + actor.trainable
+    missing = replace(ppo, stage=PPOConfig(actor_model=str(tmp_path / "nowhere")))
+    assert states(missing)["actor"].parameters == LM + states(missing)["actor"].trainable
+
+
+def test_offloaded_states_are_the_host_s() -> None:
+    memory = MemoryConfig(zero_stage=3, precision=Precision.bf16, offload_optimizer=True, offload_parameters=True)
+    found = states(replace(config(3), stage=PPOConfig(), memory=memory))
+    assert parts(found["actor"]) == (0.0, 0.0, 0.0)
+    assert found["actor"].host == 2 * LM / 4 + 2 * LM / 4 + 4 * LM / 4 + 12 * LM / 4  # fp32 gradients are extra.
+    assert (found["reference"].device, found["reference"].host) == (0.0, 2 * LM / 4)
+    memory = MemoryConfig(zero_stage=1, precision=Precision.bf16, offload_optimizer=True)
+    (model,) = states(replace(config(1), memory=memory)).values()
+    assert (parts(model), model.host) == ((2 * LM, 2 * LM, 0.0), 4 * LM / 4 + 12 * LM / 4)
+
+
+def test_what_there_is_room_for() -> None:
+    estimate = stage_memory(config(2, gib=80.0), SFTConfig())
+    assert estimate is not None
+    assert (estimate.capacity, estimate.reserve, estimate.host_capacity) == (80 * GIB, 4.7 * GIB, 25 * GIB)
+    exact = replace(estimate, capacity=estimate.states + estimate.reserve)
+    assert exact.fits(gather=False) and not exact.fits(gather=False, activations=0.01)
+    assert not replace(exact, gathered=1.0).fits(gather=True)
+    assert not replace(exact, capacity=(exact.capacity or 0.0) - 1).fits(gather=False)
+    assert replace(exact, capacity=None).fits(gather=True)
+    on_cpu = config(1)
+    on_cpu = replace(on_cpu, hardware=replace(on_cpu.hardware, accelerator=Accelerator.cpu, gpu_memory_gib=None))
+    on_host = stage_memory(on_cpu, SFTConfig())
+    assert on_host is not None and (on_host.capacity, on_host.host_capacity) == (25 * GIB, None)
+
+
+def holding(ranks: int, share: float) -> Config:
+    """GPUs that hold 4.7 GiB, activations, and so many bytes for each parameter of an 8-billion-parameter model."""
+    sizes = replace(SMALL["llama"], num_layers=32, hidden_size=4096, num_heads=32, num_kv_heads=8)
+    sizes = replace(sizes, intermediate_size=14336, vocab_size=128256, tied_embeddings=False)
+    gib = (4.7 + share * parameter_count(sizes) / GIB) / 0.85 + 0.01
+    hardware = HardwareConfig(accelerator=Accelerator.cuda, gpus_per_node=ranks, gpu_memory_gib=gib)
+    memory = MemoryConfig(precision=Precision.bf16)
+    model = ModelConfig(name="8b", architecture=sizes)
+    return Config(stage=SFTConfig(), model=model, reward_model=model, hardware=hardware, memory=memory)
+
+
+@pytest.mark.parametrize(
+    ("share", "expected"),
+    [
+        (16.0, 1),
+        (2 + 2 + 12 / 8, 1),
+        (2 + 2 + 12 / 8 - 0.1, 2),
+        (2 + 2 / 8 + 12 / 8, 2),
+        (2 + 2 / 8 + 12 / 8 - 0.1, 3),
+        (16 / 8, 3),
+        (1.0, 3),
+    ],
+)
+def test_the_first_zero_stage_that_fits_is_chosen(share: float, expected: int) -> None:
+    assert choose_zero_stage(holding(8, share)) == expected
+    assert choose_zero_stage(holding(1, share)) == 0
+    two_machines = holding(4, share)
+    assert choose_zero_stage(replace(two_machines, hardware=replace(two_machines.hardware, nodes=2))) == expected
+
+
+def test_every_stage_of_a_pipeline_has_to_fit() -> None:
+    sft = holding(8, 2 + 2 + 12 / 8)
+    assert choose_zero_stage(replace(sft, stage=PipelineConfig())) == 3  # PPO holds four such models.
+    unknown = replace(sft, model=ModelConfig(name="hf"), reward_model=ModelConfig(name="hf"))
+    assert choose_zero_stage(unknown) == 1
+    assert stage_memory(unknown, SFTConfig()) is None
+    assert list(memory_problems(replace(unknown, memory=replace(unknown.memory, zero_stage=0)))) == []
+
+
+def test_what_does_not_fit_is_said_and_the_policy_is_gathered_only_if_it_does() -> None:
+    tight = holding(8, 16 / 8)
+    tight = replace(tight, memory=replace(tight.memory, zero_stage=3))
+    assert list(memory_problems(tight)) == []
+    assert gathers_for_rollout(tight) is False  # The whole policy takes 2 bytes more for each parameter.
+    assert gathers_for_rollout(replace(tight, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) is True
+    (problem,) = memory_problems(replace(tight, memory=replace(tight.memory, zero_stage=2)))
+    assert problem.startswith("memory.zero_stage=2: the model states of stage sft take")
+    assert problem.endswith(
+        "memory=zero3 or lora=r128 or memory=zero3-offload or hardware with more or larger GPUs would help"
+    )
+    offloaded = replace(tight.memory, offload_optimizer=True)
+    little = replace(tight, memory=offloaded, hardware=replace(tight.hardware, host_memory_gib=16.0))
+    (problem,) = memory_problems(little)
+    assert problem.startswith("memory.offload_optimizer=true: stage sft keeps")
+    assert "but there are 2.0 GiB for each" in problem

@@ -1,0 +1,91 @@
+"""When two stages are the same: what their key depends on, and what not."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.schema import (
+    Config,
+    DataConfig,
+    HardwareConfig,
+    LauncherConfig,
+    MemoryConfig,
+    ModelConfig,
+    Precision,
+    RolloutConfig,
+    SourceConfig,
+    WeightSource,
+)
+from rlhf.stages.inputs import stage_key
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.rm.config import RMConfig
+from rlhf.stages.sft.config import SFTConfig
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    return path
+
+
+def config(rows: Path, **changes: object) -> Config:
+    model = ModelConfig(name="tiny", source=WeightSource.scratch)
+    base = Config(
+        stage=SFTConfig(),
+        model=model,
+        reward_model=model,
+        data=DataConfig(name="files", sources={"main": SourceConfig(path=str(rows))}),
+        memory=MemoryConfig(zero_stage=1, precision=Precision.fp32),
+        hardware=HardwareConfig(gpus_per_node=2, threads_per_rank=1),
+        run_dir="/runs/a",
+    )
+    return replace(base, **changes)  # type: ignore[arg-type]
+
+
+def test_what_does_not_train_does_not_matter(rows: Path) -> None:
+    key = stage_key(config(rows))
+    assert key.startswith("sft-")
+    same = [
+        config(rows, run_dir="/runs/b"),
+        config(rows, launcher=LauncherConfig(master_port=1234)),
+        config(rows, rollout=RolloutConfig(temperature=0.7)),
+        config(rows, hardware=HardwareConfig(gpus_per_node=2, threads_per_rank=4)),
+        config(rows, stage=SFTConfig(objective="eval/perplexity")),
+        config(rows, reward_model=ModelConfig(name="other")),
+    ]
+    assert {stage_key(other) for other in same} == {key}
+    moved = rows.with_name("moved.jsonl")
+    moved.write_bytes(rows.read_bytes())
+    assert stage_key(config(moved)) != key  # A file's name may decide how it is read.
+
+
+def test_what_trains_matters(rows: Path) -> None:
+    key = stage_key(config(rows))
+    others = [
+        config(rows, seed=2),
+        config(rows, stage=SFTConfig(epochs=2.0)),
+        config(rows, memory=MemoryConfig(zero_stage=2, precision=Precision.fp32)),
+        config(rows, hardware=HardwareConfig(gpus_per_node=1)),
+        config(rows, model=ModelConfig(name="tiny", source=WeightSource.scratch, chat_template="x")),
+        config(rows, data=replace(config(rows).data, max_prompt_length=9)),
+    ]
+    keys = [stage_key(other) for other in others]
+    rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "d"}\n')
+    keys.append(stage_key(config(rows)))
+    assert len({key, *keys}) == len(keys) + 1
+
+
+def test_parents_count_by_their_bytes_not_by_their_place(rows: Path, tmp_path: Path) -> None:
+    for name, weights in (("a", b"1"), ("b", b"1"), ("c", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(weights)
+    first, same, other = (stage_key(config(rows, stage=RMConfig(sft_model=str(tmp_path / name)))) for name in "abc")
+    assert first == same != other
+
+
+def test_sampling_matters_to_ppo_only(rows: Path) -> None:
+    warm = RolloutConfig(temperature=0.7)
+    assert stage_key(config(rows, stage=RMConfig(), rollout=warm)) == stage_key(config(rows, stage=RMConfig()))
+    assert stage_key(config(rows, stage=PPOConfig(), rollout=warm)) != stage_key(config(rows, stage=PPOConfig()))
