@@ -27,6 +27,12 @@ def initialize_distributed(*, timeout_minutes: float) -> torch.device:
     return torch.device(accelerator.current_device_name())
 
 
+def join(*, timeout_minutes: float) -> None:
+    """Join the process group unless this process has done so: what a script of a user's own need not think of."""
+    if not dist.is_initialized():
+        initialize_distributed(timeout_minutes=timeout_minutes)
+
+
 def shut_down() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():

@@ -81,6 +81,13 @@ def test_bytes_that_are_no_text_are_a_broken_row(tmp_path: Path) -> None:
         read(path)
 
 
+def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n" + '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
+    with pytest.raises(DataError, match=r'rows\.jsonl:2: "prompt" holds half of a surrogate pair'):
+        read(path)
+
+
 def test_only_the_first_twenty_broken_rows_are_listed(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", *(["x"] * 25), ROW)
     with pytest.raises(DataError) as raised:
@@ -112,9 +119,12 @@ def test_wrong_paths_are_explained(tmp_path: Path) -> None:
         read(write(tmp_path / "rows.csv", "a"))
     with pytest.raises(DataError, match=r"must hold a JSON array of rows, not dict"):
         read(write(tmp_path / "rows.json", ROW))
-    (tmp_path / "rows.jsonl.gz").write_bytes(b"not gzip")
-    with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read"):
-        read(tmp_path / "rows.jsonl.gz")
+    whole = gzip.compress(json.dumps(ROW).encode() * 50)
+    damaged = whole[:15] + bytes(byte ^ 0xFF for byte in whole[15:25]) + whole[25:]
+    for content in (b"not gzip", whole[:-12], damaged):
+        (tmp_path / "rows.jsonl.gz").write_bytes(content)
+        with pytest.raises(DataError, match=r"rows\.jsonl\.gz cannot be read"):
+            read(tmp_path / "rows.jsonl.gz")
 
 
 def test_an_unknown_kind_names_those_that_exist() -> None:

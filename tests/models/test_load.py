@@ -7,9 +7,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.models.load import disable_dropout, has_scalar_head, initialize_head_weight, load_scalar_model
+from rlhf.models.load import (
+    disable_dropout,
+    has_scalar_head,
+    initialize_head_weight,
+    load_causal_lm,
+    load_scalar_model,
+    vocabulary_limit,
+)
+from rlhf.models.tokenizer import ADDED_PAD, complete_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +71,27 @@ def test_without_dropout_training_mode_computes_what_evaluation_does(directory: 
         disable_dropout(model)
         torch.testing.assert_close(model.train()(ids).logits, expected)
     assert not any(isinstance(part, nn.Dropout) and part.p for part in model.modules())
+
+
+def test_an_added_padding_token_gets_a_row(directory: Path, tmp_path: Path) -> None:
+    """GPT-2's and Llama 3's tokenizers have no padding token, and no room for one in the embedding."""
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=22, n_embd=16, n_layer=1, n_head=2, n_positions=32, bos_token_id=20, eos_token_id=21)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    words = {f"w{index}": index for index in range(20)} | {"<s>": 20, "</s>": 21}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="w0")), bos_token="<s>", eos_token="</s>"
+    )
+    assert complete_tokenizer(tokenizer, chat_template="{{ messages[0]['content'] }}")
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == (ADDED_PAD, 22)
+    policy = load_causal_lm(tmp_path, tokenizer, dtype=torch.float32, attention="eager").eval()
+    scorer = load_scalar_model(tmp_path, tokenizer, dtype=torch.float32, attention="eager").eval()
+    assert vocabulary_limit(policy, tokenizer) == 23
+    ids, mask = torch.tensor([[22, 22, 1, 2]]), torch.tensor([[False, False, True, True]])
+    places = torch.tensor([[0, 0, 0, 1]])
+    with torch.no_grad():
+        padded = policy(input_ids=ids, attention_mask=mask, position_ids=places).logits[0, 2:]
+        alone = policy(input_ids=ids[:, 2:]).logits[0]
+        values = scorer(input_ids=ids, attention_mask=mask, position_ids=places)
+    torch.testing.assert_close(padded, alone)
+    assert torch.isfinite(values).all()

@@ -10,7 +10,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config
 from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
-from rlhf.engine.distributed import world_size
+from rlhf.engine.distributed import join, world_size
 from rlhf.engine.heads import new_head
 from rlhf.models.load import (
     ScalarModel,
@@ -59,6 +59,7 @@ class DeepSpeedRLHFEngine:
         args: Config,
         reward_tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
+        join(timeout_minutes=args.launcher.timeout_minutes)
         self.args = args
         self.tokenizer, self.reward_tokenizer = tokenizer, reward_tokenizer
         self._total_steps = num_total_iters
