@@ -132,7 +132,7 @@ def collect_stage(directory: Path, name: str) -> StageReport:
         phases=_phases(summary.get("phases") or {}, seconds),
         comparisons=_comparisons(summary.get("before") or {}, summary.get("after") or {}),
         questions=_questions(directory, name),
-        facts=list(_facts(summary)),
+        facts=[*_facts(summary), *_reused(directory)],
         counts=yaml.safe_dump(data["counts"], sort_keys=False, allow_unicode=True) if data.get("counts") else "",
         model=directory / "model" if (directory / "model" / "config.json").exists() else None,
     )
@@ -251,6 +251,12 @@ def _facts(summary: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     versions = summary.get("versions") or {}
     if versions:
         yield "versions", ", ".join(f"{package} {version}" for package, version in versions.items())
+
+
+def _reused(directory: Path) -> Iterator[tuple[str, str]]:
+    trained_by = read_json(directory / "reused.json").get("from")
+    if trained_by:
+        yield "reused, trained by", str(trained_by)
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
