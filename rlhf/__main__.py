@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -45,11 +46,17 @@ def main() -> int:
 
 
 def adopt_rank(environment: MutableMapping[str, str]) -> None:
-    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun has started this process and says them otherwise."""
+    """Fill in RANK, LOCAL_RANK and WORLD_SIZE where srun or mpirun has started this process and says them otherwise.
+
+    Under srun also MASTER_ADDR: Slurm sorts the machines, and the first of them has rank 0.
+    """
     for name, others in _RANK_NAMES.items():
         found = next((environment[other] for other in others if other in environment), None)
         if name not in environment and found is not None:
             environment[name] = found
+    first = re.match(r"([^,\[]+)(?:\[(\d+)[^\]]*\]([^,\[]*))?", environment.get("SLURM_STEP_NODELIST", ""))
+    if first is not None:
+        environment.setdefault("MASTER_ADDR", "".join(part or "" for part in first.groups()))
 
 
 def run_stage(path: Path, run_dir: Path) -> None:

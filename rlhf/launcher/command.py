@@ -93,6 +93,8 @@ def launch_command(config: Config, *, config_path: Path, gpus: Sequence[int], no
         return LaunchCommand(argv=tuple(argv), variables=variables, port=port, files=files, local_ranks=local)
     # Read by the launcher and passed on to every machine.
     passed = variables | {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
+    if launcher.kind is LauncherKind.slurm and launcher.master_addr is None:
+        del passed["MASTER_ADDR"]  # Slurm has an order of its own: ranks ask it which machine is the first.
     files = {
         folder / HOSTFILE: _hostfile(hosts),
         folder / ENVIRONMENT: "".join(f"{name}={value}\n" for name, value in passed.items()),
@@ -142,7 +144,7 @@ def _several_machines(config: Config, hosts: Mapping[str, Sequence[int]], addres
     argv = ["--launcher", launcher.kind.name, "--master_addr", address, "--no_ssh_check", "--force_multi"]
     options = launcher.options or ""
     if launcher.kind is LauncherKind.slurm:
-        # By itself srun fills the first machines of the allocation, and lets ranks wait for one that has died.
+        # Exactly these machines of the allocation, as many ranks on each, and none that waits for one that has died.
         argv += ["--include", "@".join(hosts)]
         options = f"--ntasks-per-node={len(next(iter(hosts.values())))} --kill-on-bad-exit=1 {options}".rstrip()
     if launcher.kind is LauncherKind.pdsh:

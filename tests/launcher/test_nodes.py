@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from ssh import MACHINES, MISSING, Server, common_port, ssh_server
 
+from rlhf.__main__ import adopt_rank
 from rlhf.config.schema import Accelerator, Config, HardwareConfig, LauncherConfig, LauncherKind, ModelConfig
 from rlhf.launcher import process
 from rlhf.launcher.command import PROJECT, LaunchCommand, launch_command
@@ -382,10 +383,12 @@ def test_commands_for_clusters(kind: LauncherKind, hosts: Path, monkeypatch: pyt
     command = launch_command(config, config_path=folder / "config.yaml", gpus=())
     given = f"{DEEPSPEED} --hostfile {folder}/hostfile {ours} --config {folder}/config.yaml"
     assert command.shell() == f"{VARIABLES} DS_ENV_FILE={folder}/environment {given}"
-    passed = [*VARIABLES.split(), "MASTER_ADDR=a1", "MASTER_PORT=29500"]
-    assert command.files == {
-        folder / "hostfile": "a1 slots=2\nb2 slots=2\n",
-        folder / "environment": "".join(f"{line}\n" for line in passed),
+    # Slurm itself decides which machine is the first.
+    address = ["MASTER_ADDR=a1"] if kind is not LauncherKind.slurm else []
+    passed = [*VARIABLES.split(), *address, "MASTER_PORT=29500"]
+    assert {path.relative_to(folder).as_posix(): text for path, text in command.files.items()} == {
+        "hostfile": "a1 slots=2\nb2 slots=2\n",
+        "environment": "".join(f"{line}\n" for line in passed),
     }
     argv = made_by_deepspeed(command, monkeypatch)
     # DeepSpeed finds PYTHONPATH itself, too, and then reads the file.
@@ -411,6 +414,23 @@ def test_the_script_that_srun_and_mpich_start_runs_anywhere(tmp_path: Path) -> N
             argv, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=100, check=True
         )
         assert "usage: python -m rlhf [-h] --config CONFIG" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"), [("b2", "b2"), ("a1,b2", "a1"), ("node[07-09,12],other", "node07"), ("n[2,4]-ib", "n2-ib")]
+)
+def test_ranks_under_slurm_meet_on_its_first_machine(nodes: str, first: str) -> None:
+    environment = {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_STEP_NODELIST": nodes}
+    adopt_rank(environment)
+    assert {name: environment[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")} == {
+        "RANK": "3",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "4",
+        "MASTER_ADDR": first,
+    }
+    environment["MASTER_ADDR"] = "given"
+    adopt_rank(environment)
+    assert environment["MASTER_ADDR"] == "given"
 
 
 @pytest.mark.parametrize("kind", [LauncherKind.pdsh, LauncherKind.no_ssh])
