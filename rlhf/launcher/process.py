@@ -101,10 +101,10 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
     if is_finished(run_dir, ranks):
         return Outcome(0)
     error, lost = _first_error(run_dir, since=started), _lost_machines(command, run_dir)
-    if told and error is None:
+    if told and error is None and not deaths:
         why = "launch.py on another machine has ended this run: see what it says"
         return Outcome(1, f"{why}; logs: {run_dir / 'logs'}")
-    return _failure(run_dir, error, [] if told else deaths, lost, launcher.returncode)
+    return _failure(run_dir, error, deaths, lost, launcher.returncode)
 
 
 def _elsewhere(command: LaunchCommand, ranks: int) -> bool:
@@ -157,9 +157,10 @@ def _watch(
     on_poll: Callable[[], None],
     since: float,
 ) -> list[Death]:
-    """Wait until the launcher ends or has to be ended; return the ranks that died before."""
+    """Wait until the launcher ends or has to be ended; return the ranks that died before, and of themselves."""
     deadline = float("inf")
     forwarded = False
+    deaths: list[Death] = []
     here = 0 if command.by_ssh else ranks if command.local_ranks is None else len(command.local_ranks)
     while launcher.poll() is None and time.monotonic() < deadline and len(received) < 2:
         on_poll()
@@ -171,13 +172,21 @@ def _watch(
                 break
             processes.send(received[0])
             deadline = min(deadline, now + SIGNAL_GRACE)
-        failed = _failed(run_dir, processes.deaths()) or _lost_machines(command, run_dir)
-        if failed or _first_error(run_dir, since=since) is not None:
+        deaths = _own_deaths(run_dir, processes, deaths)
+        told = (run_dir / STOP).exists()
+        if deaths or told or _lost_machines(command, run_dir) or _first_error(run_dir, since=since) is not None:
             deadline = min(deadline, now + FAILURE_GRACE)
         elif is_finished(run_dir, ranks):
             deadline = min(deadline, now + FINISH_GRACE)
         time.sleep(POLL_SECONDS)
-    return _failed(run_dir, processes.deaths())
+    return _own_deaths(run_dir, processes, deaths)
+
+
+def _own_deaths(run_dir: Path, processes: RunProcesses, before: list[Death]) -> list[Death]:
+    """The ranks that died without having finished; `before`, if by now another machine has told them to end."""
+    seen = processes.deaths()
+    deaths = before if (run_dir / STOP).exists() else seen
+    return [death for death in deaths if not (run_dir / "done" / f"rank{death.rank}").is_file()]
 
 
 def _lost_machines(command: LaunchCommand, run_dir: Path) -> list[tuple[str, int]]:
@@ -187,10 +196,6 @@ def _lost_machines(command: LaunchCommand, run_dir: Path) -> list[tuple[str, int
     log = (run_dir / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
     reports = re.findall(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)$", log, flags=re.MULTILINE)
     return [(machine, int(code)) for machine, code in reports]
-
-
-def _failed(run_dir: Path, deaths: list[Death]) -> list[Death]:
-    return [death for death in deaths if not (run_dir / "done" / f"rank{death.rank}").is_file()]
 
 
 def _first_error(run_dir: Path, *, since: float) -> dict[str, Any] | None:
