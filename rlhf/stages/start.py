@@ -46,7 +46,8 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
         return Started(code=0, figures={})
     machine = detect()
     composed, config = config, with_run_dir(resolve(config, machine))
-    check(config, machine, origins)
+    # In a sweep of plans, what does not fit is a row of the table like what does.
+    check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     runs = stage_runs(config, run_dir)
@@ -55,12 +56,16 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
     return run(config, runs, machine, in_sweep=in_sweep)
 
 
-def check(config: Config, machine: Machine, origins: Mapping[str, str]) -> None:
-    """Raise one ConfigError with every problem of a resolved configuration, each with where its value came from."""
+def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_fit: bool = True) -> None:
+    """Raise one ConfigError with every problem of a resolved configuration, each with where its value came from.
+
+    Model states that the hardware cannot hold are a problem if they `must_fit`.
+    """
     problems = list(find_problems(config))
     if not problems:
         # These compute with the values, so that values that cannot be come first.
-        problems += [*length_problems(config), *directory_problems(config, config.stage), *memory_problems(config)]
+        problems += [*length_problems(config), *directory_problems(config, config.stage)]
+        problems += memory_problems(config) if must_fit else []
     problems += launcher_problems(config)
     if config.mode is Mode.run:
         problems += machine_problems(config, machine)
@@ -120,7 +125,7 @@ def plan(
 
 
 def plan_figures(config: Config, runs: list[StageRun]) -> dict[str, Any]:
-    """What a table of plans shows of one: GPUs, ZeRO stage, and the largest stage's model states."""
+    """What a table of plans shows of one: ranks, ZeRO stage, the largest stage's model states, and whether they fit."""
     estimates = [estimate for run in runs if (estimate := stage_memory(run.config, run.config.stage)) is not None]
     largest = max(estimates, key=lambda estimate: estimate.states, default=None)
     return {
@@ -128,6 +133,7 @@ def plan_figures(config: Config, runs: list[StageRun]) -> dict[str, Any]:
         "ZeRO": config.memory.zero_stage,
         "states GiB": largest.states / GIB if largest is not None else None,
         "of GiB": largest.capacity / GIB if largest is not None and largest.capacity is not None else None,
+        "fits": "unknown" if largest is None else "no" if any(memory_problems(config)) else "yes",
     }
 
 

