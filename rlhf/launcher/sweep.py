@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -70,11 +70,19 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def table_text(rows: Sequence[dict[str, str]]) -> str:
-    """The rows under their names, in columns."""
+def swept_keys(results: Sequence[JobResult]) -> list[str]:
+    """The overrides that tell the jobs apart; all of them if there is one job."""
+    keys = list(dict.fromkeys(key for result in results for key in result.overrides))
+    if len(results) < 2:
+        return keys
+    return [key for key in keys if len({result.overrides.get(key) for result in results}) > 1]
+
+
+def table_text(rows: Sequence[dict[str, str]], *, hidden: Collection[str] = ()) -> str:
+    """The rows under their names, in columns, without the `hidden` ones."""
     if not rows:
         return "no job was run"
-    shown = [name for name in rows[0] if name != "run" or any(row["run"] for row in rows)]
+    shown = [name for name in rows[0] if name not in hidden and (name != "run" or any(row["run"] for row in rows))]
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
     lines = ["  ".join(f"{name:<{widths[name]}}" for name in shown)]
     lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in shown) for row in rows]

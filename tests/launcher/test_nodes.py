@@ -154,17 +154,19 @@ def await_steps(launched: Launch) -> dict[int, int]:
     return ranks(launched.run_dir)
 
 
-def finish(*launches: Launch) -> Finished:
-    """Wait for all launches of one run; look at the command lines once, when its ranks run."""
-    run_dir, seen = launches[0].run_dir, ""
-    while any(launched.process.poll() is None for launched in launches):
-        assert time.monotonic() - launches[0].started < 200, [launched.output for launched in launches]
-        if not seen and len(ranks(run_dir)) == 2:
-            seen = "\n".join(command_lines().values())
-        time.sleep(0.1)
-    for launched in launches:
-        assert launched.process.returncode == 0, launched.output
-    return Finished(run_dir, seen)
+def finish(runs: dict[str, tuple[Launch, ...]]) -> dict[str, Finished]:
+    """Wait for all launches of some runs; look at the command lines once for each, when its ranks run."""
+    seen: dict[str, str] = {}
+    launches = [each for launched in runs.values() for each in launched]
+    while any(each.process.poll() is None for each in launches):
+        assert time.monotonic() - launches[0].started < 200, [each.output for each in launches]
+        for name, (first, *_) in runs.items():
+            if name not in seen and len(ranks(first.run_dir)) == 2:
+                seen[name] = "\n".join(command_lines().values())
+        time.sleep(0.2)
+    for each in launches:
+        assert each.process.returncode == 0, each.output
+    return {name: Finished(first.run_dir, seen[name]) for name, (first, *_) in runs.items()}
 
 
 @pytest.fixture(scope="module")
@@ -192,47 +194,42 @@ def server(folder: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="module")
-def one_machine(folder: Path) -> Finished:
-    """Two ranks on this machine."""
-    return finish(launch(folder, "one", "hardware.gpus_per_node=2", THREE_STEPS))
+def finished(folder: Path, request: pytest.FixtureRequest) -> dict[str, Finished]:
+    """The same training by two ranks of one machine, and by one rank on each of two machines."""
+    one = finish({"one": (launch(folder, "one", "hardware.gpus_per_node=2", THREE_STEPS),)})
+    others = {"no_ssh": without_ssh(folder, "no_ssh", THREE_STEPS)}
+    if not MISSING:
+        return one | finish(
+            others | {"pdsh": (over_ssh(folder, "pdsh", request.getfixturevalue("server"), THREE_STEPS),)}
+        )
+    return one | finish(others)
 
 
-@pytest.fixture(scope="module")
-def by_themselves(folder: Path) -> Finished:
-    """Two machines that start by themselves."""
-    return finish(*without_ssh(folder, "no_ssh", THREE_STEPS))
-
-
-@pytest.fixture(scope="module")
-def by_ssh(folder: Path, server: Server) -> Finished:
-    """Two machines that are reached by ssh."""
-    return finish(over_ssh(folder, "pdsh", server, THREE_STEPS))
-
-
-def test_machines_that_start_by_themselves_train_the_same_model(one_machine: Finished, by_themselves: Finished) -> None:
-    assert by_themselves.weights == one_machine.weights
-    written = {path.name for path in by_themselves.run_dir.iterdir()}
+def test_machines_that_start_by_themselves_train_the_same_model(finished: dict[str, Finished]) -> None:
+    assert finished["no_ssh"].weights == finished["one"].weights
+    written = {path.name for path in finished["no_ssh"].run_dir.iterdir()}
     assert written >= {"report.html", "hostfile", "hostfile-1", "command.txt", "command-1.txt"}
 
 
-def test_machines_reached_by_ssh_train_the_same_model(one_machine: Finished, by_ssh: Finished) -> None:
-    assert by_ssh.weights == one_machine.weights
-    assert (by_ssh.run_dir / "hostfile").read_text() == "127.0.0.2 slots=1\n127.0.0.3 slots=1\n"
-    assert "pdsh -S" in by_ssh.command_lines
-    log = (by_ssh.run_dir / "logs" / "launcher.log").read_text()
+@pytest.mark.usefixtures("server")
+def test_machines_reached_by_ssh_train_the_same_model(finished: dict[str, Finished]) -> None:
+    run = finished["pdsh"]
+    assert run.weights == finished["one"].weights
+    assert (run.run_dir / "hostfile").read_text() == "127.0.0.2 slots=1\n127.0.0.3 slots=1\n"
+    assert "pdsh -S" in run.command_lines
+    log = (run.run_dir / "logs" / "launcher.log").read_text()
     assert all(f"\n{machine}: " in log for machine in MACHINES)  # So pdsh marks what a machine has printed.
 
 
-@pytest.mark.parametrize("fixture", ["one_machine", "by_themselves", "by_ssh"])
-def test_secrets_are_neither_in_files_nor_on_command_lines(fixture: str, request: pytest.FixtureRequest) -> None:
-    run: Finished = request.getfixturevalue(fixture)
-    assert f"-m rlhf --config {run.run_dir}" in run.command_lines
-    texts = {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()}
-    assert (run.run_dir / "command.txt") in texts
-    assert (run.run_dir / "environment" in texts) == (fixture == "by_ssh")
-    for secret in SECRETS.values():
-        assert secret not in run.command_lines
-        assert [path for path, text in texts.items() if secret.encode() in text] == []
+def test_secrets_are_neither_in_files_nor_on_command_lines(finished: dict[str, Finished]) -> None:
+    for name, run in finished.items():
+        assert f"-m rlhf --config {run.run_dir}" in run.command_lines
+        texts = {path: path.read_bytes() for path in run.run_dir.rglob("*") if path.is_file()}
+        assert (run.run_dir / "command.txt") in texts
+        assert (run.run_dir / "environment" in texts) == (name == "pdsh")
+        for secret in SECRETS.values():
+            assert secret not in run.command_lines
+            assert [path for path, text in texts.items() if secret.encode() in text] == []
 
 
 def test_a_rank_that_dies_on_one_machine_ends_the_launch_on_the_other(folder: Path) -> None:
