@@ -7,7 +7,6 @@ signal n.
 import os
 import shutil
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,8 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
-from rlhf.launcher.sweep import JobResult, clear_results, sweep_directory, write_result
+from rlhf.launcher.hosts import names_secret, without_secrets
+from rlhf.launcher.sweep import SWEEP, JobResult, clear_results, read_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
 from rlhf.stages.start import Started, start
 
@@ -31,31 +31,27 @@ USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 def main() -> int:
     """Run the command line and return the exit code."""
     codes: list[int] = []
-    sweeps: list[Path] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(composed: Any) -> float:
+    def job(composed: Any) -> float | None:
         hydra_config = HydraConfig.get()
-        if hydra_config.mode is not RunMode.MULTIRUN:
-            started = reported(composed, in_sweep=False)
-            codes.append(started.code)
-            return _returned(started)
-        directory = sweep_directory(sys.argv[1:], name=hydra_config.runtime.choices.get("sweep"))
-        if not sweeps:
-            sweeps.append(directory)
-            clear_results(directory)
-        print(f"\n== {' '.join(hydra_config.overrides.task)}", flush=True)
-        started = reported(composed, in_sweep=True)
+        swept = hydra_config.mode is RunMode.MULTIRUN
+        if swept:
+            print(f"\n== {without_secrets(' '.join(hydra_config.overrides.task))}", flush=True)
+        started = reported(composed, in_sweep=swept)
         codes.append(started.code)
-        write_result(directory, job_result(started, hydra_config, composed))
+        if swept:
+            write_result(Path(os.environ[SWEEP]), job_result(started, hydra_config, composed))
         if started.code > 128:
             sys.exit(started.code)  # An interruption ends a sweep, too.
-        return _returned(started)
+        return started.objective  # A job without one counts as failed for a sweeper that optimizes.
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    scratch = Path(tempfile.gettempdir(), f"rlhf-sweep-{os.getpid()}")
-    # Hydra would print errors itself and exit with 1, and would leave a directory for every sweep.
-    os.environ.update(HYDRA_FULL_ERROR="1", RLHF_SWEEP_DIR=str(scratch))
+    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
+    sweep = sweep_directory(sys.argv[1:], name=given.get("sweep"))
+    # Hydra would print errors itself and exit with 1. Jobs of a sweep may run in other processes, on other machines.
+    os.environ.update({"HYDRA_FULL_ERROR": "1", "RLHF_SWEEP_DIR": str(sweep / "hydra"), SWEEP: str(sweep)})
+    clear_results(sweep)
     register_schemas()
     try:
         job()
@@ -63,16 +59,19 @@ def main() -> int:
         if show_traceback:
             raise
         return complain(explain(error))
+    except ValueError as error:
+        # Hydra's, of a group that is given null; Optuna's, of a search in which no job came to a result.
+        if show_traceback or not str(error).startswith(("Config group override", "No trials are completed yet")):
+            raise
+        return complain(str(error))
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-        if sweeps:
-            summarize(sweeps[0])
+        results = read_results(sweep)
+        if not list((sweep / "hydra").glob(".submitit")):
+            shutil.rmtree(sweep / "hydra", ignore_errors=True)
+        if results:
+            summarize(sweep)
+    codes += [result.code for result in results]
     return next((code for code in codes if code), 0)
-
-
-def _returned(started: Started) -> float:
-    """What an optimizing sweeper sees: a job without an objective counts as failed."""
-    return float("nan") if started.objective is None else started.objective
 
 
 def complain(message: str) -> int:
@@ -84,16 +83,20 @@ def complain(message: str) -> int:
 def reported(composed: Any, *, in_sweep: bool) -> Started:
     """Start a composed configuration; what the user can mend becomes one message."""
     try:
+        if not in_sweep and HydraConfig.get().runtime.choices.get("sweep"):
+            raise ConfigError("sweep=… chooses many runs: add -m, as in  python launch.py -m sweep=NAME")
         return start(from_composed(composed), value_origins(CONF), in_sweep=in_sweep)
     except USER_ERRORS as error:
-        message = explain(error)
+        message = without_secrets(explain(error))
         return Started(code=complain(message), message=message.split("\n")[0], figures={})
 
 
 def job_result(started: Started, hydra_config: Any, composed: Any) -> JobResult:
     """What a sweep's summary says of a job."""
     pairs = [override.split("=", 1) for override in hydra_config.overrides.task]
-    given = {key.lstrip("+~"): value for key, value in (pair for pair in pairs if len(pair) == 2)}
+    given = {
+        key.lstrip("+~"): "***" if names_secret(key) else value for key, value in (p for p in pairs if len(p) == 2)
+    }
     return JobResult(
         number=int(hydra_config.job.num),
         overrides={key: value for key, value in given.items() if key not in ("mode", "sweep")},

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 OPT = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_position_embeddings": 256}
+OPT |= {"num_attention_heads": 3, "vocab_size": 2048, "ffn_dim": 768}
 
 
 def commands() -> list[str]:

@@ -40,7 +40,10 @@ def value_origins(conf: Path) -> dict[str, str]:
     groups = {path.name for path in conf.iterdir()}
     for override in given:
         key = str(override.key_or_group)
-        if key.split("@")[0] not in groups or "." in key:
+        value = override.value()
+        if isinstance(value, dict):
+            origins |= {leaf: COMMAND_LINE for leaf in _leaves(value, f"{key}.")}
+        elif key.split("@")[0] not in groups or "." in key:
             origins = {known: source for known, source in origins.items() if not known.startswith(f"{key}.")}
             origins[key] = COMMAND_LINE
     return origins

@@ -72,6 +72,15 @@ def _roles_memory(memory: MemoryConfig) -> Iterator[str]:
         stage = getattr(memory, name).zero_stage
         if stage in (1, 2):
             yield f"memory.{name}.zero_stage={stage}: a model without an optimizer has ZeRO stage 0 or 3"
+        if getattr(memory, name).offload_optimizer:
+            yield f"memory.{name}.offload_optimizer=true: a model without an optimizer has no optimizer states"
+    for name in ("actor", "critic", "reference", "reward_model"):
+        own = getattr(memory, name)
+        placed = memory.of_role(name, trained=name in ("actor", "critic"))
+        if own.offload_parameters and placed.zero_stage < 3:
+            yield f"memory.{name}.offload_parameters=true: needs ZeRO stage 3 for that role, not {placed.zero_stage}"
+        if own.offload_optimizer and placed.zero_stage == 0 and name in ("actor", "critic"):
+            yield f"memory.{name}.offload_optimizer=true: needs ZeRO stage 1, 2 or 3 for that role, not 0"
     if memory.offload_parameters and (memory.zero_stage or 0) < 3:
         yield f"memory.offload_parameters=true: needs memory.zero_stage=3, not {memory.zero_stage}"
     if memory.offload_optimizer and memory.zero_stage == 0:
@@ -139,6 +148,9 @@ def _model_directory(path: str, key: str, *, scored: bool = False) -> Iterator[s
         entries = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         yield f"{key}={path}: its config.json cannot be read: {error}"
+        return
+    if not isinstance(entries, dict):
+        yield f"{key}={path}: its config.json holds no mapping, so it is not a Hugging Face model directory"
         return
     architectures = entries.get("architectures") or []
     classifies = any("SequenceClassification" in str(name) for name in architectures)

@@ -22,7 +22,33 @@ _FIT = {
     LauncherKind.mpich: r"[\w@%+=:,./-]*",
 }
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
-_SECRET = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL)", flags=re.IGNORECASE)
+_SECRET_WORDS = {
+    "KEY",
+    "APIKEY",
+    "TOKEN",
+    "SECRET",
+    "PASSWORD",
+    "PASSWD",
+    "PASS",
+    "PAT",
+    "AUTH",
+    "CREDENTIAL",
+    "CREDENTIALS",
+}
+
+
+def names_secret(name: str) -> bool:
+    """Whether a variable's name says that its value is a secret: HF_TOKEN, but not TOKENIZERS_PARALLELISM."""
+    return not _SECRET_WORDS.isdisjoint(re.split(r"[^A-Z]+", name.rpartition(".")[2].upper()))
+
+
+def without_secrets(text: str) -> str:
+    """A text in which the value of every NAME=value is hidden whose name says that it is a secret."""
+    return re.sub(
+        r"([\w.]+)=([^\s,;\"'=]+)(?=[\s,;\"']|$)",
+        lambda found: f"{found[1]}=***" if names_secret(found[1]) else found[0],
+        text,
+    )
 
 
 def parse_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
@@ -71,7 +97,7 @@ def launcher_problems(config: Config) -> Iterator[str]:
     """Yield what is wrong with the launcher's options for a resolved configuration."""
     launcher, nodes = config.launcher, config.hardware.nodes
     for name, value in launcher.environment.items():
-        if _SECRET.search(name):
+        if names_secret(name):
             yield (
                 f"launcher.environment.{name}: what looks like a secret would appear in command lines and files: put "
                 "it into ~/.netrc, the hub's token file or the machines' own environment"
@@ -80,9 +106,19 @@ def launcher_problems(config: Config) -> Iterator[str]:
             yield f"launcher.environment.{name}: is not a name of an environment variable"
         elif re.fullmatch(_FIT.get(launcher.kind, r"[^\n]*"), value) is None:
             yield f"launcher.environment.{name}={value}: launcher={launcher.kind.name} cannot pass on such characters"
+    if launcher.options and without_secrets(launcher.options) != launcher.options:
+        yield (
+            f"launcher.options={without_secrets(launcher.options)}: what looks like a secret would appear in command "
+            "lines and files: put it into the machines' own environment"
+        )
     if launcher.include and launcher.exclude:
         yield f"launcher.include={launcher.include}: give either include or exclude, not both"
     if launcher.kind is LauncherKind.local:
+        if launcher.hostfile is not None:
+            yield (
+                f"launcher.hostfile={launcher.hostfile}: launcher=local uses this machine only: "
+                "add launcher=pdsh, or leave the hostfile out"
+            )
         if launcher.include or launcher.exclude:
             yield "launcher.include and launcher.exclude need a hostfile: with launcher=local set CUDA_VISIBLE_DEVICES"
     elif launcher.kind is LauncherKind.no_ssh:
@@ -157,7 +193,7 @@ def hosts_of(config: Config) -> dict[str, list[int]] | None:
     launcher, hardware = config.launcher, config.hardware
     if launcher.hostfile is None:
         return None
-    hosts, _ = parse_hostfile(Path(launcher.hostfile).read_text(encoding="utf-8"))
+    hosts, _ = parse_hostfile(Path(launcher.hostfile).read_text(encoding="utf-8", errors="replace"))
     chosen = select_hosts(hosts, include=launcher.include, exclude=launcher.exclude)
     per_node = hardware.gpus_per_node or 1
     return {name: slots[:per_node] for name, slots in list(chosen.items())[: hardware.nodes]}

@@ -3,6 +3,8 @@
 import fcntl
 import hashlib
 import json
+import os
+import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -36,19 +38,26 @@ def with_run_dir(config: Config) -> Config:
     return replace(config, run_dir=str(Path("runs", name).absolute()))
 
 
+def check_free(run_dir: Path) -> None:
+    """Raise ConfigError if a path is a file, or a directory with something in it that is neither a run nor a plan."""
+    if run_dir.exists() and not run_dir.is_dir():
+        raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
+    if not run_dir.exists() or (run_dir / CONFIG).is_file():
+        return
+    own = (PLAN, _LOCK, f".{CONFIG}.")
+    foreign = [entry.name for entry in run_dir.iterdir() if not entry.name.startswith(own)]
+    if foreign and not (run_dir / CONFIG).is_file():
+        raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
+
+
 def check_run_dir(run_dir: Path, config: Config, *, finished: bool) -> bool:
     """Return whether an unfinished run is to be gone on with; raise ConfigError if the directory can't be used.
 
     `finished` is whether the directory holds a complete one.
     """
-    if not run_dir.exists():
-        return False
-    if not run_dir.is_dir():
-        raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
+    check_free(run_dir)
     if not (run_dir / CONFIG).is_file():
-        if all(entry.name == PLAN or entry.name.startswith(_LOCK) for entry in run_dir.iterdir()):
-            return False
-        raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
+        return False
     way_out = "To train anew, give another run_dir= and reuse=off, or delete that directory"
     changed = _differences(_identity(read_yaml(run_dir / CONFIG)), _identity(to_plain(config)))
     if changed:
@@ -106,7 +115,9 @@ def move_aside(directory: Path) -> Path | None:
 
 
 def write_files(directory: Path, files: Mapping[str, str]) -> None:
-    """Write texts by name into a directory, which is created."""
+    """Write texts by name into a directory, which is created. Files that are there are replaced, not overwritten."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        (directory / name).write_text(text, encoding="utf-8")
+        temporary = directory / f".{name}.{platform.node()}-{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(directory / name)

@@ -20,7 +20,8 @@ FOLDER = ".stages"
 MANIFEST = "manifest.json"
 REUSED = "reused.json"
 # What is drawn or written anew, or says nothing about what was trained.
-_LEFT_OUT = ("plots", "wandb", "report.md", "report.html", ".lock", REUSED, MANIFEST)
+_LEFT_OUT = ("plots", "wandb", "plan", "report.md", "report.html", "stop", REUSED, MANIFEST)
+_LEFT_OUT_BEGINNINGS = (".lock", "failed-")
 
 
 def file_digest(path: Path) -> str:
@@ -34,7 +35,8 @@ def tree_digests(directory: Path) -> dict[str, str]:
     found = {}
     for path in sorted(directory.rglob("*")):
         name = path.relative_to(directory)
-        if path.is_file() and name.parts[0] not in _LEFT_OUT:
+        left_out = name.parts[0] in _LEFT_OUT or name.parts[0].startswith(_LEFT_OUT_BEGINNINGS)
+        if path.is_file() and not left_out:
             found[str(name)] = file_digest(path)
     return found
 

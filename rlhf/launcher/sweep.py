@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+SWEEP = "RLHF_SWEEP"  # The environment variable that names a sweep's directory to its jobs.
 JOBS, TABLE, PLOT = "jobs", "summary.csv", "summary.png"
 
 

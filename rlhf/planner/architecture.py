@@ -42,11 +42,14 @@ def from_directory(directory: Path) -> ArchitectureConfig | None:
     if family not in FAMILIES:
         return None
     hidden_size = _number(entries, "hidden_size", "n_embed")
+    layers, heads = _number(entries, "num_hidden_layers", "n_layer"), _number(entries, "num_attention_heads", "n_head")
+    if not (hidden_size and layers and heads and _number(entries, "vocab_size")):
+        return None
     return ArchitectureConfig(
         family=family,
-        num_layers=_number(entries, "num_hidden_layers", "n_layer"),
+        num_layers=layers,
         hidden_size=hidden_size,
-        num_heads=_number(entries, "num_attention_heads", "n_head"),
+        num_heads=heads,
         num_kv_heads=_number(entries, "num_key_value_heads") or None,
         head_dim=_number(entries, "head_dim") or None,
         intermediate_size=_number(entries, "intermediate_size", "ffn_dim") or 4 * hidden_size,

@@ -19,7 +19,7 @@ from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
 from rlhf.launcher.hosts import launcher_problems
 from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
-from rlhf.launcher.rundir import CONFIG, PLAN, check_run_dir, claimed, with_run_dir, write_files
+from rlhf.launcher.rundir import CONFIG, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
 from rlhf.launcher.store import FOLDER, StageStore
 from rlhf.planner.lengths import directory_problems, length_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
@@ -111,6 +111,7 @@ def plan(
 ) -> Started:
     """Print what a run would do and write it to the run directory's folder plan; start nothing."""
     run_dir = Path(config.run_dir or "")
+    check_free(run_dir)
     changed = settings(composed, defaults_of(composed), origins)
     gpus = [gpu.index for gpu in machine.gpus]
     text = plan_text(config, runs, run_dir=run_dir, gpus=gpus, changed=changed)

@@ -117,6 +117,7 @@ def model_directory(folder: Path, entries: dict[str, Any], *, weights: bool = Tr
 
 
 SIZES = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_position_embeddings": 256}
+SIZES |= {"num_attention_heads": 3, "vocab_size": 2048, "ffn_dim": 768}
 WRITES = {**SIZES, "architectures": ["OPTForCausalLM"]}
 SCORES = {**SIZES, "architectures": ["OPTForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
 

@@ -74,11 +74,12 @@ def test_optuna_searches_over_the_same_path(tmp_path: Path) -> None:
         *("stage.batch_size=8", "stage.micro_batch_size_per_gpu=2", "stage.max_steps=2"),
         *("hydra/sweeper=optuna", "hydra.sweeper.n_trials=2", "hydra.sweeper.n_jobs=1"),
         *("hydra.sweeper.direction=minimize", "hydra.sweeper.sampler.seed=1"),
-        "stage.optimizer.learning_rate=interval(0.0001, 0.01)",
+        # The second trial cannot run, and the search goes on.
+        *("hydra.sweeper.max_failure_rate=1.0", "stage.optimizer.learning_rate=choice(0.001,-1)"),
+        "hydra/sweeper/sampler=grid",
     ]
-    done = launch(*arguments, folder=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    rows = table(tmp_path)
-    assert [row["state"] for row in rows] == ["done", "done"]
-    assert len({row["stage.optimizer.learning_rate"] for row in rows}) == 2
-    assert all(0 < float(row["eval/loss"]) < 10 for row in rows)
+    done = launch(*[argument for argument in arguments if "seed" not in argument], folder=tmp_path)
+    assert done.returncode == 2, done.stdout + done.stderr
+    rows = {row["stage.optimizer.learning_rate"]: row for row in table(tmp_path)}
+    assert {value: row["state"] for value, row in rows.items()} == {"0.001": "done", "-1": "failed"}
+    assert 0 < float(rows["0.001"]["eval/loss"]) < 10

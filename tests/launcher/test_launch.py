@@ -108,3 +108,46 @@ def test_launching_imports_no_heavy_library(tmp_path: Path) -> None:
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
+    given = ["+launcher.environment.HF_TOKEN=hf_given", "mode=plan", "stage=sft"]
+    done = launch(tmp_path, "-m", "seed=1,2", *given)
+    assert done.returncode == 2
+    assert done.stderr.count("launcher.environment.HF_TOKEN: what looks like a secret") == 2
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".png"]
+    assert "hf_given" not in done.stdout + done.stderr + "".join(path.read_text() for path in files)
+    options = launch(tmp_path, "launcher=slurm", "hardware.nodes=2", "launcher.options='--export=A_KEY=hf_given'")
+    assert options.returncode == 2
+    assert "launcher.options=--export=A_KEY=***" in options.stderr
+    plain = launch(tmp_path, "+launcher.environment.TOKENIZERS_PARALLELISM=true", "mode=plan", "stage=sft")
+    assert plain.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["model=null"], "Config group override must be a string or a list"),
+        (["sweep=seeds"], "add -m"),
+        (["mode=plan", "run_dir=."], "holds no run"),
+        (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
+        (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
+        (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, arguments: list[str], expected: str) -> None:
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[]")
+    done = launch(tmp_path, *arguments)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert expected in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["odd"]
+
+
+def test_jobs_in_processes_of_their_own_are_summed_up_too(tmp_path: Path) -> None:
+    pytest.importorskip("submitit")
+    done = launch(tmp_path, "-m", "stage=sft", "seed=-1,2", "hydra/launcher=submitit_local", "mode=plan")
+    assert done.returncode == 2
+    assert "== 2 jobs, 1 failed" in done.stdout
+    assert "seed=-1: must be at least 0" in done.stdout

@@ -53,6 +53,20 @@ def test_it_outlives_the_run_that_trained_it_and_takes_no_room_before(tmp_path: 
     assert (tmp_path / "b" / "model" / "model.safetensors").read_bytes() == b"weights"
 
 
+def test_plans_and_failed_attempts_are_not_part_of_a_stage(tmp_path: Path) -> None:
+    first, stages = trained(tmp_path / "a"), store(tmp_path)
+    for name in ("plan/plan.txt", "failed-1/command.txt", ".lock-0", "report.html"):
+        (first / name).parent.mkdir(exist_ok=True)
+        (first / name).write_text("first")
+    stages.keep("sft-1", first)
+    for name in ("plan/plan.txt", "failed-1/command.txt", ".lock-0", "report.html"):
+        (first / name).write_text("second")  # In place: were it shared, the entry would be damaged.
+    entry = stages.find("sft-1")
+    assert entry is not None
+    stages.take(entry, tmp_path / "b")
+    assert {path.name for path in (tmp_path / "b").iterdir()} == {"model", "done", "config.yaml", "reused.json"}
+
+
 def test_a_damaged_stage_is_noticed_and_forgotten(tmp_path: Path) -> None:
     for damage in ("change", "remove", "add", "manifest"):
         said = io.StringIO()
