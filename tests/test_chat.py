@@ -255,7 +255,7 @@ class Terminal:
         os.close(slave)
         self.shown = ""
 
-    def wait_for(self, text: str, *, seconds: float = 60) -> None:
+    def wait_for(self, text: str, *, seconds: float = 120) -> None:
         """Read until `text` is shown, and forget what came before it."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:

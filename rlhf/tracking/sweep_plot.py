@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+_LONGEST_LABEL = 64
 _BAR, _GREY = "#0072B2", "#6b7280"
 
 
@@ -22,7 +23,7 @@ def plot_sweep(labels: Sequence[str], values: Sequence[float | None], *, title: 
     for position, value in zip(positions, values, strict=True):
         text = " no result" if value is None else f" {value:.4g}"
         axes.text(max(value or 0.0, 0.0), position, text, va="center", color=_GREY, fontsize=8)
-    axes.set_yticks(positions, labels, fontsize=8)
+    axes.set_yticks(positions, [_short(label) for label in labels], fontsize=8)
     axes.invert_yaxis()
     axes.margins(x=0.12)
     axes.set_title(title, loc="left", fontsize=10)
@@ -31,3 +32,9 @@ def plot_sweep(labels: Sequence[str], values: Sequence[float | None], *, title: 
     axes.tick_params(axis="y", length=0)
     figure.savefig(path)
     return path
+
+
+def _short(label: str) -> str:
+    """The label, cut in its middle if it would leave no room for the bars."""
+    half = _LONGEST_LABEL // 2
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:half]}…{label[-half:]}"
