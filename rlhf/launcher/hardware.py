@@ -5,7 +5,7 @@ import math
 import os
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -131,11 +131,12 @@ def detect() -> Machine:
     )
 
 
-def resolve(config: Config, machine: Machine) -> Config:
+def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = ()) -> Config:
     """Return the configuration with everything automatic decided, so that it says what will run.
 
     Fills in the accelerator, ranks and threads, the precision, the ZeRO stage, and the reward model where it is the
-    same as the model; makes paths absolute.
+    same as the model; makes paths absolute. Micro-batches whose keys are `adjustable`, as tuned ones are, become
+    smaller where they do not divide their share of the batch.
     """
     model = _absolute_model(config.model)
     reward_model = model if config.reward_model == ModelConfig() else _absolute_model(config.reward_model)
@@ -144,7 +145,8 @@ def resolve(config: Config, machine: Machine) -> Config:
     stage = _absolute_models(config.stage)
     if config.hardware.gpus_per_node is None:
         hardware, stage = _divided(hardware, stage)
-    stage = _with_micro_batches(stage, max(1, (hardware.gpus_per_node or 1) * hardware.nodes), shrink=False)
+    ranks = max(1, (hardware.gpus_per_node or 1) * hardware.nodes)
+    stage = _with_micro_batches(stage, ranks, adjustable=adjustable)
     config = replace(
         config,
         stage=stage,
@@ -201,21 +203,25 @@ def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConf
     available = hardware.gpus_per_node or 1
     ranks = next((n for n in range(available, 0, -1) if all(batch % n == 0 for batch in batches)), 1)
     per_node = replace(hardware, gpus_per_node=ranks)
-    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), shrink=True)
+    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), adjustable=None)
 
 
-def _with_micro_batches(stage: StageConfig, ranks: int, *, shrink: bool) -> StageConfig:
-    """Choose the micro-batches that are left open, and with `shrink` make those smaller that do not divide."""
+def _with_micro_batches(
+    stage: StageConfig, ranks: int, *, adjustable: Collection[str] | None, prefix: str = "stage"
+) -> StageConfig:
+    """Choose the micro-batches that are left open, and make the adjustable ones (None: all) smaller to divide."""
     changed: dict[str, Any] = {}
     for entry in fields(stage):
         value = getattr(stage, entry.name)
         if isinstance(value, StageConfig):
-            changed[entry.name] = _with_micro_batches(value, ranks, shrink=shrink)
+            changed[entry.name] = _with_micro_batches(
+                value, ranks, adjustable=adjustable, prefix=f"{prefix}.{entry.name}"
+            )
         elif entry.name == "micro_batch_size_per_gpu":
             share = math.gcd(*(role.batch_size // ranks for role in stage.roles()))
             if value == 0:
                 changed[entry.name] = max((n for n in range(1, MICRO_BATCH + 1) if share % n == 0), default=1)
-            elif shrink:
+            elif adjustable is None or f"{prefix}.{entry.name}" in adjustable:
                 changed[entry.name] = math.gcd(value, share) or value
     return replace(stage, **changed)
 

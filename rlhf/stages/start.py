@@ -45,7 +45,8 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
         print(explained(config, resolve(config, detect()), origins))
         return Started(code=0, figures={})
     machine = detect()
-    composed, config = config, with_run_dir(resolve(config, machine))
+    tuned = {key for key, origin in origins.items() if origin.startswith("conf/tuned/")}
+    composed, config = config, with_run_dir(resolve(config, machine, adjustable=tuned))
     # In a sweep of plans, what does not fit is a row of the table like what does.
     check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None

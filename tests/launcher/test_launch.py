@@ -58,6 +58,15 @@ def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
     assert all(Path(row["run"], "plan", "plan.txt").is_file() for row in rows if row["state"] == "done")
 
 
+def test_tuned_micro_batches_follow_the_number_of_gpus_but_given_ones_do_not(tmp_path: Path) -> None:
+    done = launch(tmp_path, "mode=plan", "hardware=8xa100")
+    assert done.returncode == 0
+    assert "sft: 64 sequences per optimizer step = micro-batch 8 × accumulation 1 × 8 ranks" in done.stdout
+    given = launch(tmp_path, "mode=plan", "hardware=8xa100", "stage.sft.micro_batch_size_per_gpu=32")
+    assert given.returncode == 2
+    assert "stage.sft.batch_size=64 is not a multiple of micro_batch_size_per_gpu × ranks = 32 × 8" in given.stderr
+
+
 def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
     done = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_coef", "stage.ppo.kl_coef=0.1")
     assert done.returncode == 0
