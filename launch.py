@@ -70,8 +70,18 @@ def main() -> int:
             shutil.rmtree(sweep / "hydra", ignore_errors=True)
         if results:
             summarize(sweep)
+        else:
+            remove_empty(sweep)
     codes += [result.code for result in results]
     return next((code for code in codes if code), 0)
+
+
+def remove_empty(sweep: Path) -> None:
+    """Remove a sweep's directory and those above it that hold nothing: a sweep that cannot be composed leaves none."""
+    for folder in (sweep, sweep.parent, sweep.parent.parent):
+        if not folder.is_dir() or any(folder.iterdir()):
+            return
+        folder.rmdir()
 
 
 def complain(message: str) -> int:

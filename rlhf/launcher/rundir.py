@@ -25,7 +25,9 @@ PLAN = "plan"  # What mode=plan writes into a run directory; it is no run.
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in _IGNORED}
     # Each machine of launcher=no_ssh has its own number.
-    return kept | {"launcher": {key: value for key, value in kept["launcher"].items() if key != "node_rank"}}
+    if isinstance(kept.get("launcher"), dict):
+        kept["launcher"] = {key: value for key, value in kept["launcher"].items() if key != "node_rank"}
+    return kept
 
 
 def with_run_dir(config: Config) -> Config:

@@ -139,6 +139,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
         (["model=null"], "Config group override must be a string or a list"),
         (["sweep=seeds"], "add -m"),
         (["mode=plan", "run_dir=."], "holds no run"),
+        (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b?"),
         (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
         (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
         (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),
