@@ -16,13 +16,14 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.compose import CommandLine, compose_given, composing, find_mistakes, print_usage
+from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
 from rlhf.launcher.hosts import names_secret, without_secrets
 from rlhf.launcher.sweep import SWEEP, JobResult, clear_results, read_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
-from rlhf.stages.start import Started, start
+from rlhf.stages.start import Started, check_composed, start
 
 CONF = Path(__file__).resolve().parent / "conf"
 USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
@@ -47,6 +48,7 @@ def main() -> int:
         return started.objective  # A job without one counts as failed for a sweeper that optimizes.
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
+    line = CommandLine.parse(sys.argv[1:])
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     sweep = sweep_directory(sys.argv[1:], name=given.get("sweep"))
     # Hydra would print errors itself and exit with 1. Jobs of a sweep may run in other processes, on other machines.
@@ -54,11 +56,14 @@ def main() -> int:
     clear_results(sweep)
     register_schemas()
     try:
-        job()
+        if line.wants_help:
+            print_usage(CONF, line)
+        else:
+            job()
     except USER_ERRORS as error:
         if show_traceback:
             raise
-        return complain(explain(error))
+        return complain(every_problem(line) or without_secrets(explain(error)))
     except ValueError as error:
         # Hydra's, of a group that is given null; Optuna's, of a search in which no job came to a result.
         if show_traceback or not str(error).startswith(("Config group override", "No trials are completed yet")):
@@ -82,6 +87,20 @@ def remove_empty(sweep: Path) -> None:
         if not folder.is_dir() or any(folder.iterdir()):
             return
         folder.rmdir()
+
+
+def every_problem(line: CommandLine) -> str:
+    """All that is wrong with a command line that cannot be composed, as one message ("" if that cannot be told)."""
+    with composing(CONF):
+        found = find_mistakes(line)
+        try:
+            composed = compose_given(line, found.accepted)
+            check_composed(from_composed(composed), value_origins(CONF))
+        except ConfigError as error:
+            found.problems += error.problems
+        except USER_ERRORS as error:
+            found.problems.append(explain(error))
+    return without_secrets(listed(found.problems))
 
 
 def complain(message: str) -> int:

@@ -1,8 +1,23 @@
 """Errors that are the user's to fix. Each message says what is wrong, where, and what to do."""
 
+from collections.abc import Sequence
+
+
+def listed(problems: Sequence[str]) -> str:
+    """One message for all problems, each named once."""
+    unique = list(dict.fromkeys(problems))
+    if len(unique) < 2:
+        return "".join(unique)
+    lines = "\n".join(f"  - {problem}" for problem in unique)
+    return f"{len(unique)} problems in the configuration:\n{lines}"
+
 
 class ConfigError(ValueError):
     """A configuration that cannot run. The message lists every problem found."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__(listed(problems))
+        self.problems = problems
 
 
 class DataError(ValueError):

@@ -49,6 +49,24 @@ def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:
             yield from unknown_keys(node._get_node(key), full_key)
 
 
+def left_out_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """Yield a message for every option of a composed configuration that was removed or is `???`.
+
+    Their defaults would silently be taken for them.
+    """
+    if not isinstance(node, DictConfig) or node._is_none():
+        return
+    schema = OmegaConf.get_type(node)
+    for entry in fields(schema) if schema is not None and is_dataclass(schema) else ():
+        if entry.name not in node._content:  # type: ignore[operator]
+            yield f"~{prefix}{entry.name}: an option cannot be removed; give it another value"
+    for key in list(node):
+        if OmegaConf.is_missing(node, key):
+            yield f"{prefix}{key!s}=???: needs a value"
+        else:
+            yield from left_out_keys(node._get_node(key), f"{prefix}{key!s}.")
+
+
 def _unknown_key(full_key: str, valid: list[str]) -> str:
     parent, _, key = full_key.rpartition(".")
     prefix = f"{parent}." if parent else ""
@@ -72,6 +90,7 @@ def _unknown_option(error: MissingConfigException) -> str:
     options = list(error.options or []) or re.findall(r"^\t(\S+)$", str(error), flags=re.MULTILINE)
     if not group:
         return str(error).strip()
-    near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
-    hint = f"did you mean {group}={near[0]}? " if near else ""
-    return f"{group}={name}: there is no such option; {hint}Options of {group}: {', '.join(options)}"
+    near = difflib.get_close_matches(name, options, n=3, cutoff=0.5)
+    if near:
+        return f"{group}={name}: there is no such option; did you mean {group}={' or '.join(near)}?"
+    return f"{group}={name}: there is no such option; options of {group} are {', '.join(options)}"

@@ -49,7 +49,7 @@ def typed_config(content: Any, stage: StageConfig) -> Config:
     try:
         merged = OmegaConf.merge(OmegaConf.structured(replace(Config(), stage=stage)), content)
         if unknown := list(unknown_keys(merged)):
-            raise ConfigError("\n".join(unknown))
+            raise ConfigError(*unknown)
         return cast(Config, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error

@@ -1,5 +1,6 @@
 """Where each value of a composed configuration came from: a file of a group, the tuned values, the command line."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ def value_origins(conf: Path) -> dict[str, str]:
     """Map the dotted keys that files or the command line set to what set them last.
 
     Called while Hydra runs a job; `conf` is the directory of the groups. A file that tunes values, or that is an
-    experiment or a sweep, is called by its place, such as conf/tuned/ppo-tiny.yaml.
+    experiment or a sweep, is called by its place, such as conf/tuned/ppo-tiny.yaml; one of --config-dir by its path.
     """
     hydra = HydraConfig.get()
     given = OverridesParser.create().parse_overrides([*hydra.overrides.hydra, *hydra.overrides.task])
@@ -31,12 +32,15 @@ def value_origins(conf: Path) -> dict[str, str]:
         .compute_defaults_list(hydra.job.config_name, [*hydra.overrides.hydra, *hydra.overrides.task], RunMode.RUN)
     )
     origins: dict[str, str] = {}
+    places = [Path(source.path) for source in hydra.runtime.config_sources if source.schema == "file"]
     for entry in defaults.defaults:
-        path = conf / f"{entry.config_path}.yaml"
-        if entry.config_path and path.is_file():
+        path = next((found for place in places if (found := place / f"{entry.config_path}.yaml").is_file()), None)
+        if entry.config_path and path is not None:
             content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
             prefix = "" if entry.package in (None, "", "_global_") else f"{entry.package}."
-            origins |= {f"{prefix}{key}": f"conf/{entry.config_path}.yaml" for key in _leaves(content)}
+            own = path.is_relative_to(conf)
+            name = f"conf/{entry.config_path}.yaml" if own else os.path.relpath(path)
+            origins |= {f"{prefix}{key}": name for key in _leaves(content)}
     groups = {path.name for path in conf.iterdir()}
     for override in given:
         key = str(override.key_or_group)

@@ -86,16 +86,18 @@ class ArchitectureConfig:
     family: str | None = option(
         None, "Hugging Face model type: opt, llama, qwen2, qwen3, gpt_neox, bloom; null: unknown."
     )
-    num_layers: int = option(0, "Transformer blocks.")
-    hidden_size: int = option(0, "Width of the residual stream.")
-    num_heads: int = option(0, "Attention heads.")
-    num_kv_heads: int | None = option(None, "Heads of keys and values; null: as many as attention heads.")
-    head_dim: int | None = option(None, "Width of a head; null: hidden_size / num_heads.")
-    intermediate_size: int = option(0, "Width of the feed-forward layer.")
-    vocab_size: int = option(0, "Rows of the embedding.")
-    max_positions: int = option(0, "Longest sequence in tokens.")
+    num_layers: int = option(0, "Transformer blocks.", minimum=0)
+    hidden_size: int = option(0, "Width of the residual stream.", minimum=0)
+    num_heads: int = option(0, "Attention heads.", minimum=0)
+    num_kv_heads: int | None = option(None, "Heads of keys and values; null: as many as attention heads.", minimum=1)
+    head_dim: int | None = option(None, "Width of a head; null: hidden_size / num_heads.", minimum=1)
+    intermediate_size: int = option(0, "Width of the feed-forward layer.", minimum=0)
+    vocab_size: int = option(0, "Rows of the embedding.", minimum=0)
+    max_positions: int = option(0, "Longest sequence in tokens.", minimum=0)
     tied_embeddings: bool = option(True, "Whether the output layer is the embedding.")
-    embedding_size: int | None = option(None, "Width of the embedding where it differs from hidden_size (OPT-350M).")
+    embedding_size: int | None = option(
+        None, "Width of the embedding where it differs from hidden_size (OPT-350M).", minimum=1
+    )
     final_norm: bool = option(True, "Whether there is a norm after the last block (OPT-350M has none).")
 
 

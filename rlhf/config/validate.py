@@ -3,7 +3,7 @@
 import importlib.util
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,17 +27,14 @@ from rlhf.config.schema import (
 
 def raise_problems(problems: Iterable[str]) -> None:
     """Raise one ConfigError that lists every problem, if there are any."""
-    listed = list(dict.fromkeys(problems))
-    if len(listed) == 1:
-        raise ConfigError(listed[0])
-    if listed:
-        lines = "\n".join(f"  - {problem}" for problem in listed)
-        raise ConfigError(f"{len(listed)} problems in the configuration:\n{lines}")
+    if found := list(problems):
+        raise ConfigError(*found)
 
 
 def find_problems(config: Config) -> Iterator[str]:
     """Yield every problem of a resolved configuration, each beginning with its key and value."""
-    yield from _bounds(config)
+    same = config.reward_model == config.model
+    yield from _bounds(replace(config, reward_model=ModelConfig()) if same else config)
     if config.memory.precision is Precision.fp16 and config.hardware.accelerator is Accelerator.cpu:
         yield "memory.precision=fp16: CPUs compute in bf16 or fp32; use memory.precision=auto"
     yield from _roles_memory(config.memory)

@@ -17,6 +17,7 @@ from rlhf.config.schema import (
     LauncherConfig,
     LauncherKind,
     MemoryConfig,
+    Mode,
     ModelConfig,
     Precision,
     StageConfig,
@@ -143,7 +144,7 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
     sources = {name: replace(s, path=_absolute(s.path)) for name, s in config.data.sources.items()}
     hardware = _hardware(config.hardware, machine)
     stage = _absolute_models(config.stage)
-    if config.hardware.gpus_per_node is None:
+    if config.hardware.gpus_per_node is None and hardware.gpus_per_node:
         hardware, stage = _divided(hardware, stage)
     ranks = max(1, (hardware.gpus_per_node or 1) * hardware.nodes)
     stage = _with_micro_batches(stage, ranks, adjustable=adjustable)
@@ -173,7 +174,7 @@ def _hardware(hardware: HardwareConfig, machine: Machine) -> HardwareConfig:
     on_gpu = accelerator is Accelerator.cuda
     ranks = hardware.gpus_per_node
     if ranks is None:
-        ranks = len(machine.gpus) if on_gpu else CPU_RANKS
+        ranks = (len(machine.gpus) or None) if on_gpu else CPU_RANKS
     memory, bf16, host = hardware.gpu_memory_gib, hardware.bf16, hardware.host_memory_gib
     if memory is None and on_gpu and machine.gpus:
         memory = min(gpu.memory_gib for gpu in machine.gpus)
@@ -183,7 +184,7 @@ def _hardware(hardware: HardwareConfig, machine: Machine) -> HardwareConfig:
         hardware,
         accelerator=accelerator,
         gpus_per_node=ranks,
-        threads_per_rank=hardware.threads_per_rank or max(1, machine.cores // max(1, ranks)),
+        threads_per_rank=hardware.threads_per_rank or max(1, machine.cores // max(1, ranks or 1)),
         gpu_memory_gib=memory,
         bf16=bf16,
         host_memory_gib=machine.host_memory_gib if host is None else host,
@@ -236,6 +237,13 @@ def _launcher(launcher: LauncherConfig, hardware: HardwareConfig) -> LauncherCon
 def machine_problems(config: Config, machine: Machine) -> Iterator[str]:
     """Say in what this machine differs from the hardware that a run on it needs. The config must be resolved."""
     hardware = config.hardware
+    if config.mode is not Mode.run:
+        if hardware.gpus_per_node is None and hardware.accelerator is Accelerator.cuda:
+            yield (
+                "hardware.accelerator=cuda: no GPU was found here, so say how many to plan with, as in  "
+                "hardware.gpus_per_node=8, or choose a profile, as in  hardware=8xa100"
+            )
+        return
     if hardware.accelerator is not Accelerator.cuda or config.launcher.kind not in _RUNS_HERE:
         return
     name, needed = hardware.name or "cuda", hardware.gpus_per_node or 1

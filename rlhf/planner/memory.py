@@ -210,13 +210,24 @@ def memory_problems(config: Config) -> Iterator[str]:
 
 
 def _remedy(config: Config) -> str:
-    """What would make the states smaller, cheapest first; only what is not used yet."""
-    memory = config.memory
-    steps = []
-    if (memory.zero_stage or 0) < 3 and ranks_of(config) > 1:
-        steps.append("memory=zero3")
-    if config.lora.rank is None:
-        steps.append("lora=r128")
-    if not (memory.offload_parameters and memory.offload_optimizer) and config.hardware.accelerator is Accelerator.cuda:
-        steps.append("memory=zero3-offload")
-    return f": {' or '.join([*steps, 'hardware with more or larger GPUs'])} would help"
+    """What would make the states fit, cheapest first; larger hardware if nothing here does."""
+    lora = config.lora if config.lora.rank is not None else replace(config.lora, rank=128)
+    zero3 = replace(config.memory, zero_stage=3)
+    offloaded = replace(zero3, offload_parameters=True, offload_optimizer=True)
+    on_gpu = config.hardware.accelerator is Accelerator.cuda
+    steps = {"memory=zero3": replace(config, memory=zero3)} if ranks_of(config) > 1 else {}
+    steps |= {"lora=r128": replace(config, lora=lora)}
+    steps |= {"memory=zero3-offload": replace(config, memory=offloaded)} if on_gpu else {}
+    steps |= {"lora=r128 memory=zero3": replace(config, lora=lora, memory=zero3)} if ranks_of(config) > 1 else {}
+    steps |= {"lora=r128 memory=zero3-offload": replace(config, lora=lora, memory=offloaded)} if on_gpu else {}
+    fitting: list[str] = []
+    for name, changed in steps.items():
+        # A step that contains another one that is enough is no further help.
+        if not any(all(part in name.split() for part in known.split()) for known in fitting) and _holds(changed):
+            fitting.append(name)
+    return f": {' or '.join([*fitting, 'hardware with more or larger GPUs'])} would help"
+
+
+def _holds(config: Config) -> bool:
+    estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
+    return all(estimate is None or estimate.fits(gather=False) for estimate in estimates)

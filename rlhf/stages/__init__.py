@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from rlhf.config.errors import ConfigError
-from rlhf.config.explain import did_you_mean, explain
+from rlhf.config.explain import did_you_mean, explain, left_out_keys
 from rlhf.config.files import read_yaml, typed_config, write_config
 from rlhf.config.schema import Config, StageConfig
 
@@ -59,6 +59,8 @@ def from_composed(composed: Any) -> Config:
         OmegaConf.resolve(composed)
     except OmegaConfBaseException as error:
         raise ConfigError(explain(error)) from error
+    if problems := list(left_out_keys(composed)):
+        raise ConfigError(*problems)
     return _typed(composed, composed.stage)
 
 

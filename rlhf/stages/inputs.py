@@ -12,7 +12,7 @@ from rlhf.config.files import to_plain
 from rlhf.config.schema import Config, ModelConfig, WeightSource
 from rlhf.data.prepare import content_fingerprint
 from rlhf.launcher.command import PROJECT
-from rlhf.launcher.store import tree_digests
+from rlhf.launcher.store import file_digest, tree_digests
 from rlhf.models.tokenizer import package_directory
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "peft")
@@ -21,7 +21,7 @@ _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "pe
 def stage_key(config: Config) -> str:
     """Hash the inputs of a stage: its options, the groups it reads, data and weights by content, ranks, seed and code.
 
-    Where it is written, how it is launched and tracked, and how many threads it has do not matter.
+    Where it is written, how its ranks are reached and tracked, and how many threads it has do not matter.
     """
     stage = to_plain(config.stage)
     for key in ("objective",):
@@ -33,30 +33,40 @@ def stage_key(config: Config) -> str:
     for name in config.stage.inputs():
         value = getattr(config, name)
         groups[name] = _model(value) if isinstance(value, ModelConfig) else to_plain(value)
+    # The judge is asked by PPO alone.
+    data = to_plain(config.data if config.stage.name == "ppo" else replace(config.data, judge=None))
     sources = {name: to_plain(replace(source, path=None)) for name, source in config.data.sources.items()}
     hardware = config.hardware
     facts = {
         "stage": stage,
         "groups": groups,
-        "data": {**to_plain(config.data), "sources": sources, "content": content_fingerprint(config.data)},
+        "data": {**data, "sources": sources, "content": content_fingerprint(config.data)},
         "ranks": [hardware.accelerator.name, hardware.nodes, hardware.gpus_per_node],
         "seed": config.seed,
+        "environment": to_plain(config.launcher.environment),
         "code": code_version(),
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True, default=str).encode(), digest_size=10).hexdigest()
     return f"{config.stage.name}-{digest}"
 
 
-def _weights(directory: str) -> Any:
-    return tree_digests(Path(directory)) if Path(directory).is_dir() else directory
+def _weights(directory: str, revision: str | None = None) -> Any:
+    """A directory by its files; a model of the hub by the commit that the cache has of it."""
+    if Path(directory).is_dir():
+        return tree_digests(Path(directory))
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(directory, "config.json", revision=revision)
+    # …/snapshots/COMMIT/config.json
+    return [directory, Path(found).parent.name if isinstance(found, str) else revision]
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:
     plain = dict(to_plain(model))
     if model.source is WeightSource.pretrained and model.path is not None:
-        plain["path"] = _weights(model.path)
+        plain["path"] = _weights(model.path, model.revision)
     elif model.source is WeightSource.gguf_package and model.gguf_file is not None:
-        plain["package"] = (package_directory(model) / model.gguf_file).stat().st_size
+        plain["package"] = file_digest(package_directory(model) / model.gguf_file)
     return plain
 
 

@@ -21,6 +21,7 @@ from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
 from rlhf.launcher.rundir import CONFIG, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
 from rlhf.launcher.store import FOLDER, StageStore
+from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
 from rlhf.stages import stage_config_class
@@ -42,11 +43,10 @@ class Started:
 def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Started:
     """Do what `config.mode` says; raises ConfigError or DataError for what the user can mend."""
     if config.mode is Mode.explain:
-        print(explained(config, resolve(config, detect()), origins))
+        print(explained(config, resolve(config, detect(), adjustable=tuned_keys(origins)), origins))
         return Started(code=0, figures={})
     machine = detect()
-    tuned = {key for key, origin in origins.items() if origin.startswith("conf/tuned/")}
-    composed, config = config, with_run_dir(resolve(config, machine, adjustable=tuned))
+    composed, config = config, with_run_dir(resolve(config, machine, adjustable=tuned_keys(origins)))
     # In a sweep of plans, what does not fit is a row of the table like what does.
     check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None
@@ -57,6 +57,17 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
     return run(config, runs, machine, in_sweep=in_sweep)
 
 
+def tuned_keys(origins: Mapping[str, str]) -> set[str]:
+    """The keys whose values come from the files of tuned values."""
+    return {key for key, origin in origins.items() if origin.startswith("conf/tuned/")}
+
+
+def check_composed(config: Config, origins: Mapping[str, str]) -> None:
+    """Raise one ConfigError with every problem of a composed configuration; start nothing."""
+    machine = detect()
+    check(resolve(config, machine, adjustable=tuned_keys(origins)), machine, origins)
+
+
 def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_fit: bool = True) -> None:
     """Raise one ConfigError with every problem of a resolved configuration, each with where its value came from.
 
@@ -65,11 +76,10 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     problems = list(find_problems(config))
     if not problems:
         # These compute with the values, so that values that cannot be come first.
-        problems += [*length_problems(config), *directory_problems(config, config.stage)]
+        problems += [*length_problems(config), *directory_problems(config, config.stage), *adapter_problems(config)]
         problems += memory_problems(config) if must_fit else []
     problems += launcher_problems(config)
-    if config.mode is Mode.run:
-        problems += machine_problems(config, machine)
+    problems += machine_problems(config, machine)
     raise_problems(located(problem, dict(origins)) for problem in problems)
 
 

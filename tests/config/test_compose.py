@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf.config.compose import CommandLine, compose_given, composing, find_mistakes, usage
 from rlhf.config.errors import ConfigError
 from rlhf.config.explain import explain
 from rlhf.config.fields import undocumented
@@ -91,6 +92,50 @@ def test_what_cannot_be_composed_is_explained(override: str, expected: str) -> N
     said = message(override)
     assert expected in said
     assert "Traceback" not in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (
+            ["stage=sfft", "seed=one", "modle=tiny", "memory.zero_stage=2"],
+            [
+                "stage=sfft: there is no such option",
+                "unknown key modle: did you mean mode or model?",
+                "seed: Value 'one'",
+            ],
+        ),
+        (
+            ["-m", "model=opt13,tiny,opt2.7", "seed=1,x", "hardware=8xa10"],
+            ["model=opt13: ", "model=opt2.7: ", "hardware=8xa10: ", "seed: Value 'x'"],
+        ),
+        (["stage=ppo", "stage.ppo.kl_coef=1"], ["unknown key stage.ppo.kl_coef: did you mean stage.kl_coef?"]),
+        (["stage.kl_coef=1"], ["unknown key stage.kl_coef: did you mean stage.ppo.kl_coef?"]),
+        (["seed=[1", "stge=x"], ["no viable alternative at input '[1'", "unknown key stge"]),
+    ],
+)
+def test_every_mistake_of_a_command_line_is_found(arguments: list[str], expected: list[str]) -> None:
+    line = CommandLine.parse(arguments)
+    register_schemas()
+    with composing(CONF):
+        found = find_mistakes(line)
+        compose_given(line, found.accepted)
+    assert len(found.problems) == len(expected), found.problems
+    assert all(any(part in problem for problem in found.problems) for part in expected), found.problems
+
+
+def test_an_option_cannot_be_removed_nor_left_open() -> None:
+    assert message("~seed") == "~seed: an option cannot be removed; give it another value"
+    assert message("stage.ppo.kl_coef=???") == "stage.ppo.kl_coef=???: needs a value"
+    assert list(composed("~data.sources.one_liners").data.sources) == ["long_reviews"]
+
+
+def test_help_lists_groups_and_options() -> None:
+    register_schemas()
+    shown = usage(CONF, CommandLine.parse(["--help", "seed=77"]))
+    assert "python launch.py mode=plan" in shown
+    assert "  lora: none, r128, r64, r8\n" in shown
+    assert "  seed: 77\n" in shown
 
 
 def test_a_written_configuration_with_an_unknown_key_is_refused(tmp_path: Path) -> None:

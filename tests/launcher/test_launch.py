@@ -74,6 +74,8 @@ def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
     assert "default  0.05" in done.stdout and "0.1  (from the command line)" in done.stdout
     tuned = launch(tmp_path, "mode=explain", "key=stage.ppo.iterations")
     assert "44  (from conf/tuned/ppo-tiny.yaml)" in tuned.stdout
+    adjusted = launch(tmp_path, "mode=explain", "key=stage.sft.micro_batch_size_per_gpu", "hardware=8xa100")
+    assert "used     8  (decided for this machine and model)" in adjusted.stdout
     unknown = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_cof")
     assert (unknown.returncode, "did you mean stage.ppo.kl_coef" in unknown.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []
@@ -85,6 +87,7 @@ def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
         (["stage=sfft"], "did you mean stage=sft?"),
         (["seed=one"], "seed: Value 'one'"),
         (["memory.zero_stage=4", "data.split.held_out=2"], "2 problems in the configuration"),
+        (["stge=sft", "hardware=8xa10", "seed=-1"], "3 problems in the configuration"),
         (["data=files", "data.sources.main.path=broken.jsonl"], "broken.jsonl:2"),
         (["run_dir=."], "holds no run"),
     ],
@@ -96,6 +99,13 @@ def test_bad_input_is_one_message_and_nothing_is_written(tmp_path: Path, argumen
     assert expected in done.stderr
     assert "Traceback" not in done.stderr
     assert {path.name for path in tmp_path.iterdir()} <= {"broken.jsonl", "cache"}
+
+
+def test_values_of_the_users_own_directory_are_called_by_their_file(tmp_path: Path) -> None:
+    (tmp_path / "own" / "experiment").mkdir(parents=True)
+    (tmp_path / "own" / "experiment" / "mine.yaml").write_text("# @package _global_\nseed: 9\n")
+    done = launch(tmp_path, "--config-dir", "own", "experiment=mine", "mode=explain", "key=seed")
+    assert (done.returncode, "9  (from own/experiment/mine.yaml)" in done.stdout) == (0, True), done.stderr
 
 
 def test_hydra_flags_work(tmp_path: Path) -> None:
@@ -139,7 +149,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
         (["model=null"], "Config group override must be a string or a list"),
         (["sweep=seeds"], "add -m"),
         (["mode=plan", "run_dir=."], "holds no run"),
-        (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b?"),
+        (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b or "),
         (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
         (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
         (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),

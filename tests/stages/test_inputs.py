@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -54,6 +55,7 @@ def test_what_does_not_train_does_not_matter(rows: Path) -> None:
         config(rows, hardware=HardwareConfig(gpus_per_node=2, threads_per_rank=4)),
         config(rows, stage=SFTConfig(objective="eval/perplexity")),
         config(rows, reward_model=ModelConfig(name="other")),
+        config(rows, data=replace(config(rows).data, judge="film_reviews")),
     ]
     assert {stage_key(other) for other in same} == {key}
     moved = rows.with_name("moved.jsonl")
@@ -70,6 +72,7 @@ def test_what_trains_matters(rows: Path) -> None:
         config(rows, hardware=HardwareConfig(gpus_per_node=1)),
         config(rows, model=ModelConfig(name="tiny", source=WeightSource.scratch, chat_template="x")),
         config(rows, data=replace(config(rows).data, max_prompt_length=9)),
+        config(rows, launcher=LauncherConfig(environment={"NVIDIA_TF32_OVERRIDE": "1"})),
     ]
     keys = [stage_key(other) for other in others]
     rows.write_text('{"prompt": "a", "chosen": "b", "rejected": "d"}\n')
@@ -83,6 +86,20 @@ def test_parents_count_by_their_bytes_not_by_their_place(rows: Path, tmp_path: P
         (tmp_path / name / "model.safetensors").write_bytes(weights)
     first, same, other = (stage_key(config(rows, stage=RMConfig(sft_model=str(tmp_path / name)))) for name in "abc")
     assert first == same != other
+
+
+def test_a_hub_model_counts_by_the_commit_in_the_cache(rows: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    hub = config(rows, model=ModelConfig(name="opt125m", path="facebook/opt-125m"))
+    keys = [stage_key(hub)]
+    for commit in ("a" * 40, "b" * 40):
+        folder = tmp_path / "models--facebook--opt-125m"
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text("{}")
+        (folder / "refs").mkdir(exist_ok=True)
+        (folder / "refs" / "main").write_text(commit)
+        keys.append(stage_key(hub))
+    assert len(set(keys)) == 3
 
 
 def test_sampling_matters_to_ppo_only(rows: Path) -> None:
