@@ -115,6 +115,9 @@ def reported(composed: Any, *, in_sweep: bool) -> Started:
         if not in_sweep and HydraConfig.get().runtime.choices.get("sweep"):
             raise ConfigError("sweep=… chooses many runs: add -m, as in  python launch.py -m sweep=NAME")
         return start(from_composed(composed), value_origins(CONF), in_sweep=in_sweep)
+    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return Started(code=141, message="nobody read the output", figures={})
     except USER_ERRORS as error:
         message = without_secrets(explain(error))
         return Started(code=complain(message), message=message.split("\n")[0], figures={})

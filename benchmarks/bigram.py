@@ -83,6 +83,8 @@ def main() -> None:
         config = from_composed(compose("config", overrides=overrides))
     prepared = preflight(config)
     train, held_out = (prepared.data.part("sft", held_out=is_held_out) for is_held_out in (False, True))
+    stage = getattr(config.stage, "sft", config.stage)
+    held_out = held_out.select(range(min(stage.eval_examples, len(held_out))))  # Those that SFT is evaluated on.
     sequences = ([*row["prompt_ids"], *row["chosen_ids"]] for row in train)
     model = KneserNeyBigram(sequences, vocab_size=len(load_tokenizer(prepared.tokenizer_dir)))
     figures = {

@@ -49,8 +49,9 @@ def _rows_of(values: Any, index: slice | Tensor) -> Any:
 class PromptBatch(TensorBatch):
     """Prompts, left-padded to a common length.
 
-    `records` says what each prompt is beside its ids: "messages" (its turns, {"role", "content"}) and "source". It is
-    needed where a prompt's text is, as by a reward model with another tokenizer, and may otherwise be left empty.
+    `records` says what each prompt is beside its ids: "messages" (its turns, {"role", "content"}), "source", and the
+    columns that the source keeps. It is needed where a prompt's text is, as by a reward model with another tokenizer,
+    and may otherwise be left empty.
     """
 
     prompt_ids: Int[Tensor, "B P"]
@@ -64,6 +65,19 @@ class SFTBatch(TensorBatch):
 
     sequence_ids: Int[Tensor, "B T"]
     attention_mask: Bool[Tensor, "B T"]
+    loss_mask: Bool[Tensor, "B T"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedBatch(TensorBatch):
+    """Examples one behind the other in fewer rows. `segment_ids` numbers the examples of a row from 1; 0 is padding.
+
+    `position_ids` begin at 0 in every example.
+    """
+
+    sequence_ids: Int[Tensor, "B T"]
+    segment_ids: Int[Tensor, "B T"]
+    position_ids: Int[Tensor, "B T"]
     loss_mask: Bool[Tensor, "B T"]
 
 

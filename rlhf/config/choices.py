@@ -36,13 +36,6 @@ class Accelerator(Enum):
     cuda = "cuda"
 
 
-class DataFormat(Enum):
-    """The columns of a data source's rows."""
-
-    preference = "preference"
-    prompt = "prompt"
-
-
 class OnProblem(Enum):
     """What to do with a row that cannot be used."""
 
@@ -50,11 +43,19 @@ class OnProblem(Enum):
     skip = "skip"
 
 
+class Exhausted(Enum):
+    """What a weighted source does whose rows are used up before the others' are."""
+
+    stop = "stop"
+    repeat = "repeat"
+
+
 class Mode(Enum):
     """What `launch.py` does with the configuration."""
 
     run = "run"
     plan = "plan"
+    data = "data"
     explain = "explain"
 
 

@@ -152,7 +152,8 @@ def usage(conf: Path, line: CommandLine) -> str:
     return "\n".join(
         [
             USAGE,
-            "Groups (choose with group=option; a second model: model@reward_model=NAME):",
+            "Groups (choose with group=option; a second model: model@reward_model=NAME,\n"
+            "a further source: +source@data.sources.NAME=NAME):",
             *options,
             f"\nOptions (change with key=value):\n  {values}",
             "\nHydra's own flags: --hydra-help",

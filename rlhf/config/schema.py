@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rlhf.config.choices import Accelerator as Accelerator
-from rlhf.config.choices import DataFormat as DataFormat
+from rlhf.config.choices import Exhausted as Exhausted
 from rlhf.config.choices import LauncherKind as LauncherKind
 from rlhf.config.choices import Mode as Mode
 from rlhf.config.choices import OnProblem as OnProblem
@@ -125,14 +125,33 @@ class ModelConfig:
 class SourceConfig:
     """One source of rows in a data mix."""
 
-    kind: str = option("file", "A module of rlhf/data/sources: file, film_reviews, …")
-    format: DataFormat = option(DataFormat.preference, "The columns of the rows.")
-    path: str | None = option(None, "File or directory to read (kind=file).")
-    part: str | None = option(None, "Which part of a packaged source to read.")
-    opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.", minimum=1)
-    weight: float | None = option(
-        None, "Share in the training mix relative to the other sources; null for all: every row is used.", above=0
+    kind: str = option("file", "A module of rlhf/data/sources: file, hub, film_reviews.")
+    format: str = option(
+        "preference",
+        "A module of rlhf/data/formats: preference, conversational, completion, instruction, transcript, "
+        "scored_pair, prompt, text.",
     )
+    path: str | None = option(None, "File or directory (kind=file), or ORG/NAME on the Hugging Face hub (kind=hub).")
+    subset: str | None = option(None, "kind=hub: the subset, which the hub calls configuration.")
+    split: str = option("train", "kind=hub: the split, as in train or train[:10%].")
+    revision: str | None = option(None, "kind=hub: branch, tag or commit.")
+    columns: dict[str, str] = option_factory(
+        dict, "Where the format's columns are in the rows if they are called otherwise, as in  {prompt: question.text}."
+    )
+    markers: list[str] = option_factory(
+        list, "format=transcript: the user's and the assistant's mark; empty: those of Anthropic's HH."
+    )
+    remove: str | None = option(None, "A regular expression of what is taken out of answers, such as citations.")
+    keep: list[str] = option_factory(list, "Further columns that a scorer is given, such as a known answer.")
+    stages: list[str] = option_factory(
+        list, "The stages that may have the rows, as in [sft]; empty: every stage that can use them."
+    )
+    fraction: float = option(1.0, "Share of the prompts that is used, picked by a hash.", above=0, maximum=1)
+    weight: float | None = option(
+        None, "Share in the training mix relative to the other sources; null for all: every row is used.", minimum=0
+    )
+    part: str | None = option(None, "kind=film_reviews: one_liners or long_reviews.")
+    opening_words: int = option(2, "kind=film_reviews: words of the review that the prompt gives away.", minimum=1)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -142,7 +161,7 @@ class SplitConfig:
     sft: float = option(0.2, "Relative share of the prompts for supervised fine-tuning.", minimum=0)
     rm: float = option(0.4, "Relative share of the prompts for the reward model.", minimum=0)
     ppo: float = option(0.4, "Relative share of the prompts for PPO.", minimum=0)
-    held_out: float = option(0.05, "Share of each stage's prompts that is kept for evaluation.")
+    held_out: float = option(0.05, "Share of the prompts that no stage trains on and every stage is evaluated on.")
     seed: int = option(0, "Seed of the hash that assigns prompts; the same for all stages of a pipeline.", minimum=0)
 
 
@@ -157,11 +176,19 @@ class DataConfig:
     max_response_length: int = option(
         256, "Longest response in tokens, EOS included; longer ones are truncated and counted.", minimum=1
     )
+    exhausted: Exhausted = option(
+        Exhausted.stop,
+        "Weighted sources: an epoch ends with the first source that is used up (stop), or with the last one while "
+        "the others repeat (repeat).",
+    )
     on_bad_row: OnProblem = option(OnProblem.error, "Stop at rows that cannot be used, or skip and count them.")
     on_long_prompt: OnProblem = option(
         OnProblem.error, "Stop at prompts beyond max_prompt_length, or skip and count them."
     )
     sft_on_rejected: bool = option(False, "Fine-tune on the rejected answers as well as on the chosen ones.")
+    workers: int | None = option(
+        None, "Processes that tokenise; null: one for each core, or none beside the main one for few rows.", minimum=1
+    )
     judge: str | None = option(
         None, "A module of rlhf/data/sources with reviews for an independent judge; null for none."
     )

@@ -19,7 +19,6 @@ from rlhf.config.schema import (
     ModelConfig,
     OptimizerConfig,
     Precision,
-    SourceConfig,
     StageConfig,
     WeightSource,
 )
@@ -200,8 +199,6 @@ def _scratch(model: ModelConfig, key: str) -> Iterator[str]:
 def _data(data: DataConfig) -> Iterator[str]:
     if not data.sources:
         yield "data.sources is empty: choose a mix, as in  data=film_reviews, or give a source"
-    for name, source in data.sources.items():
-        yield from _source(source, f"data.sources.{name}")
     shares = {name: getattr(data.split, name) for name in ("sft", "rm", "ppo")}
     if sum(shares.values()) <= 0:
         yield "data.split: at least one of sft, rm and ppo must be above 0"
@@ -209,17 +206,6 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield f"data.split.held_out={data.split.held_out}: must be above 0 and below 1, as in 0.05"
     if data.judge is not None and importlib.util.find_spec("sklearn") is None:
         yield str(MissingExtraError("scikit-learn", "demo", f"data.judge={data.judge}"))
-
-
-def _source(source: SourceConfig, key: str) -> Iterator[str]:
-    if source.kind != "file":
-        return
-    if not source.path:
-        yield f"{key}.path is not set: give a JSON-lines file, as in  {key}.path=FILE.jsonl"
-    elif not Path(source.path).exists():
-        folder = Path(source.path).parent
-        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
-        yield f"{key}.path={source.path}: there is no such file{_nearest(Path(source.path).name, names)}"
 
 
 def _nearest(name: str, names: list[str]) -> str:

@@ -1,5 +1,6 @@
 """Rows of token lists to padded tensors. Masks come from lengths: a token that equals the padding id still counts."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,9 @@ def pad(
 def collate_prompts(rows: Sequence[Row], *, pad_id: int) -> PromptBatch:
     """Left-pad the prompts."""
     prompt_ids, prompt_mask = pad([row["prompt_ids"] for row in rows], pad_id=pad_id, left=True)
-    records = tuple({"messages": row["messages"], "source": row["source"]} for row in rows)
+    records = tuple(
+        {"messages": row["messages"], "source": row["source"], **json.loads(row.get("extra") or "{}")} for row in rows
+    )
     return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask, records=records)
 
 

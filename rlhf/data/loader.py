@@ -15,12 +15,30 @@ WINDOW_BATCHES = 16
 
 def row_lengths(dataset: Any) -> NDArray[np.int64]:
     """Tokens of each row's longest sequence, [rows]."""
-    columns = dataset.with_format("arrow").select_columns(["prompt_ids", "chosen_ids", "rejected_ids"])[:]
-    prompt, chosen, rejected = (
-        np.array([len(value) if value is not None else 0 for value in columns[name].to_pylist()], dtype=np.int64)
-        for name in columns.column_names
-    )
-    return np.asarray(prompt + np.maximum(chosen, rejected), dtype=np.int64)
+    prompt, chosen, rejected = (column_lengths(dataset, f"{name}_ids") for name in ("prompt", "chosen", "rejected"))
+    return prompt + np.maximum(chosen, rejected)
+
+
+def column_lengths(dataset: Any, column: str) -> NDArray[np.int64]:
+    """Entries of each row's list in a column, [rows]; 0 where there is none. Reads offsets alone, no tokens."""
+    import pyarrow
+    import pyarrow.compute
+
+    stored = dataset.data.column(column)
+    if pyarrow.types.is_null(stored.type):
+        return np.zeros(len(dataset), dtype=np.int64)
+    lengths = pyarrow.compute.fill_null(pyarrow.compute.list_value_length(stored), 0).to_numpy()
+    indices = dataset._indices.column(0).to_numpy() if dataset._indices is not None else slice(None)
+    return np.asarray(lengths[indices], dtype=np.int64)
+
+
+def source_codes(dataset: Any) -> tuple[list[str], NDArray[np.int32]]:
+    """The names of the sources, and for each row the number of its own, [rows]."""
+    encoded = dataset.data.column("source").dictionary_encode().unify_dictionaries()
+    names = encoded.chunk(0).dictionary.to_pylist() if encoded.num_chunks else []
+    codes = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks] or [np.empty(0, dtype=np.int32)])
+    indices = dataset._indices.column(0).to_numpy() if dataset._indices is not None else slice(None)
+    return names, codes[indices]
 
 
 def fetch_rows(dataset: Any, indices: NDArray[np.int64]) -> list[dict[str, Any]]:
@@ -35,7 +53,8 @@ class GlobalLoader(Generic[Batch]):
     Each epoch shuffles all rows, sorts them by length within windows of 16 batches, cuts the windows into global
     batches of `batch_size` rows, and shuffles the batches and the rows within them. Order and batches depend on the
     seed and the epoch alone; rank r of R takes rows [r·n/R, (r+1)·n/R) of a batch of n. The last, incomplete batch of
-    an epoch is left out. `epochs=None` goes on without end.
+    an epoch is left out. `epochs=None` goes on without end. `source_counts` says how many rows of the last global batch
+    are from which source.
     """
 
     def __init__(
@@ -68,6 +87,8 @@ class GlobalLoader(Generic[Batch]):
         self.shuffle = shuffle
         self.step = 0
         self._lengths = row_lengths(dataset) if shuffle else None
+        self._sources = source_codes(dataset) if "source" in dataset.column_names else None
+        self.source_counts: dict[str, int] = {}
 
     def __len__(self) -> int:
         """Global batches in all epochs; raises TypeError for an endless loader."""
@@ -99,7 +120,11 @@ class GlobalLoader(Generic[Batch]):
                 epoch = self.step // self.batches_per_epoch
                 batches = self.epoch_batches(epoch)
             share = self.batch_size // self.ranks
-            indices = batches[self.step % self.batches_per_epoch, self.rank * share : (self.rank + 1) * share]
+            batch = batches[self.step % self.batches_per_epoch]
+            indices = batch[self.rank * share : (self.rank + 1) * share]
+            if self._sources is not None:
+                names, codes = self._sources
+                self.source_counts = {name: int((codes[batch] == code).sum()) for code, name in enumerate(names)}
             # Counted before the batch is handed out: a state saved after a training step does not repeat its batch.
             self.step += 1
             yield self.collate(fetch_rows(self.dataset, indices))

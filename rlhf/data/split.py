@@ -1,17 +1,21 @@
 """To which stage a prompt belongs, and whether it is held out.
 
 The answer depends on the prompt and the seed alone: the same prompt in two sources is in one part, added rows move
-no other row, and no prompt is in two stages or in both training and evaluation.
+no other row, and no prompt is trained on in two stages, or both trained on and held out. The held-out prompts are those
+of every stage's evaluation.
 """
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from rlhf.config.schema import SplitConfig
-from rlhf.data.conversation import Message
+from rlhf.data.conversation import Conversation, Message
 
 STAGES = ("sft", "rm", "ppo")
+# Plain texts, which have no prompt: PPO's pretraining mix.
+PTX = "ptx"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +31,7 @@ class Part:
         return f"{self.stage}_{'held_out' if self.held_out else 'train'}"
 
 
-ALL_PARTS = tuple(Part(stage, held_out) for stage in STAGES for held_out in (False, True))
+ALL_PARTS = tuple(Part(stage, held_out) for stage in (*STAGES, PTX) for held_out in (False, True))
 
 
 def uniform(text: str) -> float:
@@ -35,16 +39,36 @@ def uniform(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def assign(messages: tuple[Message, ...], split: SplitConfig) -> Part:
-    """The part of a prompt: stages in proportion to split.sft, .rm and .ppo, and split.held_out of each held out."""
+def assign(messages: tuple[Message, ...], split: SplitConfig, *, stages: Sequence[str] = ()) -> Part:
+    """The part of a prompt: stages in proportion to split.sft, .rm and .ppo, and split.held_out of each held out.
+
+    `stages` limits the choice: a prompt that would be in another stage is put into one of them.
+    """
     prompt = json.dumps([(message.role, message.content) for message in messages])
-    shares = [split.sft, split.rm, split.ppo]
-    point = uniform(f"stage {split.seed} {prompt}") * sum(shares)
     held_out = uniform(f"held out {split.seed} {prompt}") < split.held_out
+    shares = {stage: float(getattr(split, stage)) for stage in STAGES}
+    stage = _drawn(f"stage {split.seed} {prompt}", shares)
+    if stages and stage not in stages:
+        allowed = {name: shares[name] for name in STAGES if name in stages}
+        stage = _drawn(
+            f"among {split.seed} {prompt}", allowed if any(allowed.values()) else dict.fromkeys(allowed, 1.0)
+        )
+    return Part(stage, held_out)
+
+
+def _drawn(text: str, shares: Mapping[str, float]) -> str:
+    point = uniform(text) * sum(shares.values())
     total = 0.0
-    for stage, share in zip(STAGES, shares, strict=True):
+    for stage, share in shares.items():
         total += share
         if point < total:
-            return Part(stage, held_out)
+            return stage
     # Rounding may leave the point on the very end: the last stage with a share takes it.
-    return Part([stage for stage, share in zip(STAGES, shares, strict=True) if share > 0][-1], held_out)
+    return [stage for stage, share in shares.items() if share > 0][-1]
+
+
+def part_of(conversation: Conversation, split: SplitConfig, *, stages: Sequence[str] = ()) -> Part:
+    """The part of a conversation by its prompt; of a plain text by the text."""
+    if conversation.messages:
+        return assign(conversation.messages, split, stages=stages)
+    return Part(PTX, uniform(f"held out {split.seed} {conversation.chosen}") < split.held_out)

@@ -78,3 +78,16 @@ def response_mask_from_ids(response_ids: Int[Tensor, "B R"], *, eos_id: int) -> 
     is_eos = (response_ids == eos_id).long()
     eos_before = is_eos.cumsum(dim=1) - is_eos
     return eos_before == 0
+
+
+def block_causal_bias(segment_ids: Int[Tensor, "B T"], *, dtype: torch.dtype) -> Float[Tensor, "B 1 T T"]:
+    """What is added to the attention scores of packed rows: 0 where token i may see token j, else the least number.
+
+    Token i sees j if j <= i and both are of one example. Padding (segment 0) sees padding only, itself at least, so
+    that no row of the softmax is empty.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    length = segment_ids.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
+    bias = torch.zeros(same.shape, dtype=dtype, device=segment_ids.device)
+    return bias.masked_fill(~(same & causal), torch.finfo(dtype).min)[:, None]

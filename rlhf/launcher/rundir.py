@@ -20,6 +20,7 @@ _LOCK = ".lock"
 # What does not change what is trained.
 _IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
 PLAN = "plan"  # What mode=plan writes into a run directory; it is no run.
+DATA = "data"  # What mode=data writes there.
 
 
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
@@ -41,12 +42,12 @@ def with_run_dir(config: Config) -> Config:
 
 
 def check_free(run_dir: Path) -> None:
-    """Raise ConfigError if a path is a file, or a directory with something in it that is neither a run nor a plan."""
+    """Raise ConfigError if a path is a file, or a directory with something in it that is no run's."""
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
     if not run_dir.exists() or (run_dir / CONFIG).is_file():
         return
-    own = (PLAN, _LOCK, f".{CONFIG}.")
+    own = (PLAN, DATA, _LOCK, f".{CONFIG}.")
     foreign = [entry.name for entry in run_dir.iterdir() if not entry.name.startswith(own)]
     if foreign and not (run_dir / CONFIG).is_file():
         raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
@@ -111,7 +112,7 @@ def move_aside(directory: Path) -> Path | None:
         number += 1
     target.mkdir()
     for entry in list(directory.iterdir()):
-        if entry.name != PLAN and not entry.name.startswith((_LOCK, "failed-")):
+        if entry.name not in (PLAN, DATA) and not entry.name.startswith((_LOCK, "failed-")):
             entry.rename(target / entry.name)
     return target
 

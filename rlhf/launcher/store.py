@@ -20,7 +20,7 @@ FOLDER = ".stages"
 MANIFEST = "manifest.json"
 REUSED = "reused.json"
 # What is drawn or written anew, or says nothing about what was trained.
-_LEFT_OUT = ("plots", "wandb", "plan", "report.md", "report.html", "stop", REUSED, MANIFEST)
+_LEFT_OUT = ("plots", "wandb", "plan", "data", "report.md", "report.html", "stop", REUSED, MANIFEST)
 _LEFT_OUT_BEGINNINGS = (".lock", "failed-")
 
 

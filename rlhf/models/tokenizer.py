@@ -269,6 +269,12 @@ def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     return [[*ids, tokenizer.eos_token_id] for ids in encoded]
 
 
+def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of plain texts, BOS at the beginning if the tokenizer has one and EOS at the end."""
+    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    return [[*first, *ids] for ids in encode_responses(tokenizer, texts)]
+
+
 def encode_prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
     """Token ids of one prompt: see `encode_prompts`."""
     return encode_prompts(tokenizer, [messages])[0]

@@ -9,6 +9,9 @@ from rlhf.config.schema import ArchitectureConfig, ModelConfig, WeightSource
 # transformers leaves out of a config.json what equals the class's default.
 _TIED = {"opt": True, "bloom": True, "llama": False, "qwen2": False, "qwen3": False, "gpt_neox": False}
 FAMILIES = tuple(_TIED)
+# Those whose attention takes a bias for every pair of tokens. Bloom builds its own from a mask of single tokens.
+PACKABLE = ("opt", "llama", "qwen2", "qwen3", "gpt_neox")
+PACKING_ATTENTION = ("sdpa", "eager")
 
 
 def architecture_of(model: ModelConfig) -> ArchitectureConfig | None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from rlhf.config.files import read_yaml
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import Config, StageConfig
-from rlhf.planner.architecture import architecture_of, from_directory
+from rlhf.planner.architecture import PACKABLE, PACKING_ATTENTION, architecture_of, from_directory
 from rlhf.planner.memory import role_model, substages
 
 
@@ -26,6 +26,24 @@ def length_problems(config: Config) -> Iterator[str]:
                 f"data.max_prompt_length={config.data.max_prompt_length}: with responses of {response} tokens that is "
                 f"{longest}, but {key}={model.name} has {sizes.max_positions} positions: "
                 f"{remedy}lower data.max_prompt_length or data.max_response_length"
+            )
+
+
+def packing_problems(config: Config) -> Iterator[str]:
+    """Say whether packed examples could not be kept apart."""
+    sizes = architecture_of(config.model)
+    for stage in substages(config.stage):
+        if not getattr(stage, "packing", False):
+            continue
+        if sizes is not None and sizes.family not in PACKABLE:
+            yield (
+                f"stage.packing=true: model={config.model.name} is {sizes.family}, and only {', '.join(PACKABLE)} keep "
+                "packed examples apart; leave packing off"
+            )
+        if config.model.attention not in PACKING_ATTENTION:
+            yield (
+                f"model.attention={config.model.attention}: stage.packing=true needs "
+                f"{' or '.join(PACKING_ATTENTION)}; leave packing off or change the attention"
             )
 
 

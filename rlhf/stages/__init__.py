@@ -11,7 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.config.errors import ConfigError
 from rlhf.config.explain import did_you_mean, explain, left_out_keys
 from rlhf.config.files import read_yaml, typed_config, write_config
-from rlhf.config.schema import Config, StageConfig
+from rlhf.config.schema import Config, SourceConfig, StageConfig
 
 __all__ = ["from_composed", "read_config", "register_schemas", "stage_config_class", "stage_names", "write_config"]
 
@@ -42,6 +42,7 @@ def register_schemas() -> None:
     defaults = Config()
     for group in ("model", "data", "hardware", "memory", "lora", "rollout", "scorer", "tracking", "launcher"):
         store.store(group="schema", name=group, node=type(getattr(defaults, group)))
+    store.store(group="schema", name="source", node=SourceConfig)
     for name in stage_names():
         store.store(group="schema/stage", name=name, node=stage_config_class(name))
 

@@ -34,7 +34,8 @@ def stage_key(config: Config) -> str:
         value = getattr(config, name)
         groups[name] = _model(value) if isinstance(value, ModelConfig) else to_plain(value)
     # The judge is asked by PPO alone.
-    data = to_plain(config.data if config.stage.name == "ppo" else replace(config.data, judge=None))
+    judge = config.data.judge if config.stage.name == "ppo" else None
+    data = to_plain(replace(config.data, judge=judge, workers=None))
     sources = {name: to_plain(replace(source, path=None)) for name, source in config.data.sources.items()}
     hardware = config.hardware
     facts = {

@@ -9,6 +9,7 @@ from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
 from rlhf.data.sources import source_module
+from rlhf.data.split import STAGES
 from rlhf.models.tokenizer import prepare_tokenizer
 from rlhf.stages.pipeline.config import PipelineConfig
 from rlhf.stages.ppo.config import PPOConfig
@@ -29,7 +30,9 @@ class Preflight:
     def notes(self) -> list[str]:
         """What the user should know of the data, one sentence each."""
         counts = self.data.counts
-        found = [f"data: {note}" for note in counts["mix"]]
+        rows = {label: part["rows"] for label, part in counts["parts"].items()}
+        stages = [f"{stage} {rows[f'{stage}_train']} + {rows[f'{stage}_held_out']} held out" for stage in STAGES]
+        found = [f"data: {', '.join(stages)} (mode=data tells all)", *(f"data: {note}" for note in counts["mix"])]
         for what in ("dropped", "truncated"):
             if counts[what]:
                 listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())
@@ -76,7 +79,8 @@ def _needs(stage: StageConfig) -> dict[str, int]:
     return {"ppo": stage.rollout_batch_size} if isinstance(stage, PPOConfig) else {}
 
 
-def _check_sizes(data: PreparedData, stage: StageConfig) -> None:
+def check_sizes(data: PreparedData, stage: StageConfig) -> None:
+    """Raise DataError where a stage's part has no rows, no loss tokens, or fewer rows than a batch."""
     for name, batch_size in _needs(stage).items():
         data.part(name, held_out=True)
         rows = len(data.part(name, held_out=False))
@@ -100,6 +104,13 @@ def _check_judge(config: Config) -> None:
 
 
 def preflight(config: Config) -> Preflight:
+    """What `prepare` does, and a check that every stage has the rows that it needs."""
+    prepared = prepare(config)
+    check_sizes(prepared.data, config.stage)
+    return prepared
+
+
+def prepare(config: Config) -> Preflight:
     """Prepare tokenizers and data, or find them prepared; raises ConfigError or DataError for what the user can mend.
 
     Ranks call this again with the same configuration and get the same paths at once. For a pipeline the data are those
@@ -123,7 +134,6 @@ def preflight(config: Config) -> Preflight:
     data = prepare_data(config.data, tokenizer_dir=tokenizer_dir, cache_dir=cache_dir)
     if isinstance(config.stage, PipelineConfig) and reward_tokenizer_dir != tokenizer_dir:
         prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir)
-    _check_sizes(data, config.stage)
     return Preflight(
         cache_dir=cache_dir, tokenizer_dir=tokenizer_dir, reward_tokenizer_dir=reward_tokenizer_dir, data=data
     )

@@ -15,14 +15,15 @@ from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.schema import Config, LauncherKind, Mode, Reuse
 from rlhf.config.validate import find_problems, raise_problems
+from rlhf.data.problems import source_problems
 from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
 from rlhf.launcher.hosts import launcher_problems
 from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
-from rlhf.launcher.rundir import CONFIG, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
+from rlhf.launcher.rundir import CONFIG, DATA, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
 from rlhf.launcher.store import FOLDER, StageStore
 from rlhf.planner.adapters import adapter_problems
-from rlhf.planner.lengths import directory_problems, length_problems
+from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
 from rlhf.stages import stage_config_class
 from rlhf.stages.pipeline.steps import stage_runs
@@ -54,6 +55,8 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
     runs = stage_runs(config, run_dir)
     if config.mode is Mode.plan:
         return plan(composed, config, runs, machine, origins, quiet=in_sweep)
+    if config.mode is Mode.data:
+        return show_data(config, run_dir)
     return run(config, runs, machine, in_sweep=in_sweep)
 
 
@@ -73,10 +76,11 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
 
     Model states that the hardware cannot hold are a problem if they `must_fit`.
     """
-    problems = list(find_problems(config))
+    problems = [*find_problems(config), *source_problems(config.data)]
     if not problems:
         # These compute with the values, so that values that cannot be come first.
-        problems += [*length_problems(config), *directory_problems(config, config.stage), *adapter_problems(config)]
+        problems += [*length_problems(config), *directory_problems(config, config.stage)]
+        problems += [*adapter_problems(config), *packing_problems(config)]
         problems += memory_problems(config) if must_fit else []
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)
@@ -134,6 +138,15 @@ def plan(
     if not quiet:
         print(f"{text}\n\n# Written to {folder}")
     return Started(code=0, run_dir=str(run_dir), figures=plan_figures(config, runs))
+
+
+def show_data(config: Config, run_dir: Path) -> Started:
+    """Print what the data are and write it to the run directory's folder data; start nothing."""
+    check_free(run_dir)
+    from rlhf.stages.doctor import examine
+
+    print(examine(config, run_dir / DATA, colored=sys.stdout.isatty()))
+    return Started(code=0, run_dir=str(run_dir), figures={})
 
 
 def plan_figures(config: Config, runs: list[StageRun]) -> dict[str, Any]:

@@ -65,7 +65,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     report = _collect(run_dir, pipeline=pipeline)
     paths = run_dir / "report.md", run_dir / "report.html"
     for path, template, escape in zip(paths, ("report.md.j2", "report.html.j2"), (False, True), strict=True):
-        _write(path, _environment(run_dir, escape=escape).get_template(template).render(report=report))
+        _write(path, template_environment(run_dir, escape=escape).get_template(template).render(report=report))
     return paths
 
 
@@ -134,7 +134,8 @@ def _headline(values: dict[str, object]) -> list[tuple[str, str]]:
     return [*found, ("seed", str(values["seed"]))] if "seed" in values else found
 
 
-def _environment(run_dir: Path, *, escape: bool) -> jinja2.Environment:
+def template_environment(run_dir: Path, *, escape: bool) -> jinja2.Environment:
+    """The templates beside this file; paths are shown relative to `run_dir`."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=escape,

@@ -1,25 +1,30 @@
 """Local files of rows, and what is said about broken ones."""
 
+import csv
 import gzip
+import io
 import json
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from rlhf.config.errors import ConfigError, DataError
-from rlhf.config.schema import DataFormat, OnProblem, SourceConfig
-from rlhf.data.conversation import Conversation, Message
+from rlhf.config.schema import OnProblem, SourceConfig
+from rlhf.data.conversation import Conversation, Message, Refused
 from rlhf.data.sources import read_source
 
 ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
 def read(
-    path: Path | None, *, on_bad_row: OnProblem = OnProblem.error, form: DataFormat = DataFormat.preference
+    path: Path | None, *, on_bad_row: OnProblem = OnProblem.error, form: str = "preference"
 ) -> tuple[list[Conversation], list[str]]:
-    bad_rows: list[str] = []
     source = SourceConfig(kind="file", path=None if path is None else str(path), format=form)
-    return list(read_source(source, name="main", on_bad_row=on_bad_row, bad_rows=bad_rows)), bad_rows
+    found = list(read_source(source, name="main", on_bad_row=on_bad_row))
+    bad = [f"{entry.where}: {entry.reason}" for entry in found if isinstance(entry, Refused)]
+    return [entry for entry in found if isinstance(entry, Conversation)], bad
 
 
 def write(path: Path, *lines: object) -> Path:
@@ -41,6 +46,66 @@ def test_all_formats_give_the_same_rows(tmp_path: Path) -> None:
         assert bad == []
 
 
+def test_tables_give_the_same_rows(tmp_path: Path) -> None:
+    rows = [{**ROW, "prompt": f"p{n}, \u00fc"} for n in range(3)]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(ROW))
+    writer.writeheader()
+    writer.writerows(rows)
+    (tmp_path / "a.csv").write_text(text.getvalue(), encoding="utf-8")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(text.getvalue().encode("utf-8-sig")))
+    table = pyarrow.Table.from_pylist(rows)
+    pyarrow.parquet.write_table(table, tmp_path / "c.parquet")
+    for name, opened in (("d.arrow", pyarrow.ipc.new_stream), ("e.arrow", pyarrow.ipc.new_file)):
+        with opened(tmp_path / name, table.schema) as arrow:
+            arrow.write_table(table)
+    for path in sorted(tmp_path.iterdir()):
+        found, bad = read(path)
+        assert [(row.prompt_text, row.chosen, row.rejected) for row in found] == [(r["prompt"], "c", "r") for r in rows]
+        assert bad == []
+    assert len(read(tmp_path)[0]) == 15
+
+
+def test_rows_of_a_table_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(b'prompt,chosen,rejected\na,b,c\na,b\n\n\xff,b,c\n"x\ny",b,c\n,b,c\n')
+    found, bad = read(path, on_bad_row=OnProblem.skip)
+    assert [row.prompt_text for row in found] == ["a", "x\ny"]
+    assert bad == [
+        f"{path}:3: has 2 cells, but the header has 3",
+        f'{path}:5: "prompt" is not valid UTF-8: it holds half of a surrogate pair',
+        f'{path}:8: "prompt" is empty',
+    ]
+    (tmp_path / "b.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match="the column 'prompt' occurs twice"):
+        read(tmp_path / "b.csv")
+    for name in ("c.parquet", "d.arrow"):
+        (tmp_path / name).write_bytes(b"PAR1 is not what it is")
+        with pytest.raises(DataError, match=rf"{name}: not valid"):
+            read(tmp_path / name)
+
+
+def test_a_huge_line_is_a_broken_row_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.data.readers.LONGEST_LINE", 1024)
+    path = write(tmp_path / "rows.jsonl", ROW, {**ROW, "prompt": "x" * 5000}, "[" * 1000, {**ROW, "prompt": "last"})
+    found, bad = read(path, on_bad_row=OnProblem.skip)
+    assert [row.prompt_text for row in found] == ["p", "last"]
+    assert len(bad) == 2 and bad[0].startswith(f"{path}:2: longer than") and bad[1].startswith(f"{path}:3: ")
+
+
+def test_deeply_nested_json_is_a_broken_row(tmp_path: Path) -> None:
+    found, bad = read(write(tmp_path / "rows.jsonl", "[" * 200_000, ROW), on_bad_row=OnProblem.skip)
+    assert len(found) == len(bad) == 1
+
+
+def test_files_of_one_directory_may_differ_in_their_columns_but_each_is_checked(tmp_path: Path) -> None:
+    write(tmp_path / "a.jsonl", ROW)
+    write(tmp_path / "b.jsonl", {"question": "p", "chosen": "c", "rejected": "r"})
+    found, bad = read(tmp_path, on_bad_row=OnProblem.skip)
+    assert len(found) == 1
+    assert bad == [f'{tmp_path}/b.jsonl:1: the column "prompt" is missing (there are: question, chosen, rejected)']
+
+
 def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
     write(tmp_path / "b.jsonl", {**ROW, "prompt": "second"})
     write(tmp_path / "a.jsonl", {**ROW, "prompt": "first"})
@@ -49,7 +114,7 @@ def test_a_directory_is_read_in_the_order_of_names(tmp_path: Path) -> None:
 
 
 def test_prompts_alone_have_no_answers(tmp_path: Path) -> None:
-    found, _ = read(write(tmp_path / "a.jsonl", {"prompt": "p"}), form=DataFormat.prompt)
+    found, _ = read(write(tmp_path / "a.jsonl", {"prompt": "p"}), form="prompt")
     assert (found[0].chosen, found[0].rejected) == (None, None)
 
 
@@ -57,10 +122,13 @@ def test_prompts_alone_have_no_answers(tmp_path: Path) -> None:
     ("line", "reason"),
     [
         ("{not json", "not valid JSON"),
-        ([1, 2], "must be an object with the keys prompt, chosen, rejected, not list"),
-        ({"prompt": "p", "chosen": "c"}, 'the key "rejected" is missing'),
+        ([1, 2], "must be an object with the columns prompt, chosen, rejected, not list"),
+        ({"prompt": "p", "chosen": "c"}, 'the column "rejected" is missing (there are: prompt, chosen)'),
         ({**ROW, "chosen": 3}, '"chosen" must be text, not int'),
         ({**ROW, "prompt": "  "}, '"prompt" is empty'),
+        ({**ROW, "chosen": None}, '"chosen" is null'),
+        ({**ROW, "chosen": ""}, '"chosen" is empty'),
+        ({**ROW, "chosen": " r"}, "chosen and rejected are equal"),
     ],
 )
 def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, line: object, reason: str) -> None:
@@ -77,14 +145,16 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path, line: object, re
 def test_bytes_that_are_no_text_are_a_broken_row(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid JSON"):
+    with pytest.raises(DataError, match=r"rows\.jsonl:2: not valid UTF-8"):
         read(path)
 
 
 def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(json.dumps(ROW) + "\n" + '{"prompt": "\\ud800", "chosen": "a", "rejected": "b"}\n')
-    with pytest.raises(DataError, match=r'rows\.jsonl:2: "prompt" holds half of a surrogate pair'):
+    with pytest.raises(
+        DataError, match=r'rows\.jsonl:2: "prompt" is not valid UTF-8: it holds half of a surrogate pair'
+    ):
         read(path)
 
 
@@ -115,8 +185,8 @@ def test_wrong_paths_are_explained(tmp_path: Path) -> None:
         read(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match=r"has no such file"):
         read(tmp_path)
-    with pytest.raises(DataError, match=r"the name must end in \.jsonl"):
-        read(write(tmp_path / "rows.csv", "a"))
+    with pytest.raises(DataError, match=r"the name must be that of a file ending in \.jsonl"):
+        read(write(tmp_path / "rows.txt", "a"))
     with pytest.raises(DataError, match=r"must hold a JSON array of rows, not dict"):
         read(write(tmp_path / "rows.json", ROW))
     whole = gzip.compress(json.dumps(ROW).encode() * 50)
@@ -129,4 +199,4 @@ def test_wrong_paths_are_explained(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_names_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"data\.sources\.x\.kind=films: .* there are file, film_reviews"):
-        list(read_source(SourceConfig(kind="films"), name="x", on_bad_row=OnProblem.error, bad_rows=[]))
+        list(read_source(SourceConfig(kind="films"), name="x", on_bad_row=OnProblem.error))

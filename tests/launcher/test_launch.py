@@ -108,6 +108,41 @@ def test_values_of_the_users_own_directory_are_called_by_their_file(tmp_path: Pa
     assert (done.returncode, "9  (from own/experiment/mine.yaml)" in done.stdout) == (0, True), done.stderr
 
 
+def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
+    rows = [{"prompt": f"Name number {n}.", "chosen": f"Number {n}, of course.", "rejected": "No."} for n in range(400)]
+    lines = [json.dumps(row) for row in rows] + ["{broken", json.dumps({**rows[0], "chosen": None})]
+    (tmp_path / "rows.jsonl").write_text("\n".join(lines))
+    given = [
+        "mode=data",
+        "data=files",
+        "data.sources.main.path=rows.jsonl",
+        "run_dir=r",
+        "model.scratch.vocab_size=300",
+    ]
+    strict = launch(tmp_path, *given)
+    assert strict.returncode == 2
+    assert f"{tmp_path}/rows.jsonl:401: not valid JSON" in strict.stderr
+    assert f'{tmp_path}/rows.jsonl:402: "chosen" is null' in strict.stderr
+    small = launch(tmp_path, *given, "data.on_bad_row=skip")
+    assert (small.returncode, small.stdout) == (2, "")
+    assert "fewer than one batch of 128" in small.stderr and "data.txt" in small.stderr
+    enough = [*given, "data.on_bad_row=skip", "stage.ppo.rollout_batch_size=32", "stage.ppo.mini_batch_size=32"]
+    done = launch(tmp_path, *enough, "stage.ppo.micro_batch_size_per_gpu=8")
+    assert done.returncode == 0, done.stderr
+    assert "main" in done.stdout and "bad row" in done.stdout and "sft_train" in done.stdout
+    assert "the chosen answer is the longer one in 100% of the pairs" in done.stdout
+    assert "<|user|>Name number" in done.stdout and ", of course.</s>»" in done.stdout
+    found = json.loads((tmp_path / "r" / "data" / "data.json").read_text())
+    assert found["counts"]["dropped"]["bad row"] == 2
+    assert found["overlaps"] == {}
+    assert sum(part["rows"] for part in found["counts"]["parts"].values()) == 400
+    page = (tmp_path / "r" / "data" / "data.html").read_text()
+    assert "<mark>Number" in page and "data:image/png;base64," in page
+    assert (tmp_path / "r" / "data" / "data.png").stat().st_size > 10_000
+    # The same directory may then be trained in.
+    assert launch(tmp_path, *enough, "stage.ppo.micro_batch_size_per_gpu=8", "mode=plan").returncode == 0
+
+
 def test_hydra_flags_work(tmp_path: Path) -> None:
     shown = launch(tmp_path, "--cfg", "job", "seed=7")
     assert (shown.returncode, "seed: 7" in shown.stdout) == (0, True)

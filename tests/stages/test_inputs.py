@@ -55,7 +55,7 @@ def test_what_does_not_train_does_not_matter(rows: Path) -> None:
         config(rows, hardware=HardwareConfig(gpus_per_node=2, threads_per_rank=4)),
         config(rows, stage=SFTConfig(objective="eval/perplexity")),
         config(rows, reward_model=ModelConfig(name="other")),
-        config(rows, data=replace(config(rows).data, judge="film_reviews")),
+        config(rows, data=replace(config(rows).data, judge="film_reviews", workers=3)),
     ]
     assert {stage_key(other) for other in same} == {key}
     moved = rows.with_name("moved.jsonl")

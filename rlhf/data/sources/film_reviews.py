@@ -11,7 +11,7 @@ import hashlib
 import importlib.util
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -117,22 +117,31 @@ def continuations(reviews: list[Review], *, opening_words: int) -> dict[str, tup
     return grouped
 
 
-def conversations(source: SourceConfig, *, name: str, on_bad_row: Callable[[str], None]) -> Iterator[Conversation]:
-    """Pair the k-th positive with the k-th negative continuation of each opening; what is left over has no partner.
+def conversations(source: SourceConfig, *, name: str) -> Iterator[Conversation]:
+    """Pair the k-th positive with the k-th negative continuation of each opening; the fewer of them begin again.
 
-    A continuation without a partner is yielded as a demonstration, whatever its label, with rejected=None. There are
-    no bad rows in the package, so `on_bad_row` is never called.
+    Pairs with a continuation that stands in an earlier one are marked as repeating it. Where an opening has
+    continuations of one label only, each is yielded as a demonstration with rejected=None. There are no bad rows in the
+    package.
     """
     site = _site(source, name)
     reviews = [review for review in read_reviews() if review.site == site and not is_for_judge(review)]
     for opening, (negative, positive) in sorted(continuations(reviews, opening_words=source.opening_words).items()):
-        messages = (Message("user", f"{INSTRUCTION} {opening}"),)
+        prompt = (Message("user", f"{INSTRUCTION} {opening}"),)
         where = f"the film reviews that begin with “{opening}”"
-        pairs = min(len(negative), len(positive))
-        for chosen, rejected in zip(positive, negative, strict=False):
-            yield Conversation(messages=messages, chosen=chosen, rejected=rejected, source=name, where=where)
-        for text in negative[pairs:] + positive[pairs:]:
-            yield Conversation(messages=messages, chosen=text, rejected=None, source=name, where=where)
+        once = min(len(negative), len(positive))
+        if not once:
+            for text in negative + positive:
+                yield Conversation(messages=prompt, chosen=text, rejected=None, source=name, where=where)
+        for number in range(max(len(negative), len(positive)) if once else 0):
+            yield Conversation(
+                messages=prompt,
+                chosen=positive[number % len(positive)],
+                rejected=negative[number % len(negative)],
+                source=name,
+                where=where,
+                repeats=number >= once,
+            )
 
 
 def content_digest(source: SourceConfig, *, name: str) -> str:

@@ -8,12 +8,13 @@ from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
 from rlhf.stages.session import Session
 
 
-def record_iteration(session: Session, trainer: DeepSpeedPPOTrainer, *, step: int) -> None:
+def record_iteration(session: Session, trainer: DeepSpeedPPOTrainer, *, step: int, sources: dict[str, int]) -> None:
     """Reduce the iteration's metrics over the ranks and log them. Every rank must call."""
     stage = cast(PPOConfig, session.config.stage)
     values = derived_metrics(session.reduced_metrics())
     values["rollout/kl_coef"] = trainer.kl_coef
     values |= session.timing(values.pop("rollout/tokens"))
+    values |= {f"data/{name}": float(count) for name, count in sources.items()}
     session.recorder.metrics(step, values)
     shown = {
         "score": values["rollout/score"],

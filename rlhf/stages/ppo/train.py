@@ -60,7 +60,7 @@ def run(config: Config, run_dir: Path) -> None:
     for iteration, prompt_batch in zip(range(1, stage.iterations + 1), prompt_train_dataloader, strict=False):
         experience = trainer.generate_experience(prompt_batch)
         trainer.train_rlhf(experience)
-        record_iteration(session, trainer, step=iteration)
+        record_iteration(session, trainer, step=iteration, sources=prompt_train_dataloader.source_counts)
         if iteration % stage.eval_every == 0 or iteration == stage.iterations:
             latest = evaluator.evaluate(step=iteration)
 

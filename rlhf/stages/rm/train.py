@@ -58,7 +58,7 @@ def run(config: Config, run_dir: Path) -> None:
 
     before = latest = evaluate(session, engine, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
-        train_step(session, engine, batch, step=step)
+        train_step(session, engine, batch, step=step, sources=loader.source_counts)
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, step=step)
 
@@ -80,7 +80,7 @@ def pair_scores(engine: Any, batch: PreferenceBatch) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: int) -> None:
+def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: int, sources: dict[str, int]) -> None:
     """One optimizer step and its metrics."""
     engine.train()
     batch = batch.to(session.device)
@@ -105,6 +105,7 @@ def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: i
         "train/grad_norm": result.grad_norm,
         "train/skipped": float(not result.applied),
         **session.timing(values.pop("train/tokens")),
+        **{f"data/{name}": float(count) for name, count in sources.items()},
     }
     session.recorder.metrics(step, values)
     shown = {"loss": values["train/loss"], "accuracy": values["train/accuracy"]}

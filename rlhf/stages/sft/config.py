@@ -17,6 +17,9 @@ class SFTConfig(StageConfig):
     micro_batch_size_per_gpu: int = option(
         0, "Sequences per forward and backward pass on one rank; 0: as many as divide the batch, up to 8.", minimum=0
     )
+    packing: bool = option(
+        False, "Put the examples of a micro-batch one behind the other instead of padding them; none sees another."
+    )
     epochs: float = option(1.0, "Passes over the training part.", above=0)
     max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.", minimum=1)
     eval_every: int = option(

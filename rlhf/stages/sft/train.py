@@ -8,18 +8,21 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rlhf.batch import SFTBatch
+from rlhf.batch import PackedBatch, SFTBatch
+from rlhf.config.errors import ConfigError
 from rlhf.config.schema import Config
 from rlhf.data.collate import collate_prompts, collate_sft
 from rlhf.data.loader import GlobalLoader, eval_batches
+from rlhf.data.packing import pack
 from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
 from rlhf.engine.update import optimizer_step
 from rlhf.functional.logprobs import token_logprobs
 from rlhf.functional.losses import sft_loss
-from rlhf.functional.masking import position_ids
+from rlhf.functional.masking import block_causal_bias, position_ids
 from rlhf.models.load import load_causal_lm, vocabulary_limit
+from rlhf.planner.architecture import PACKABLE, PACKING_ATTENTION
 from rlhf.rollout.generate import generate
 from rlhf.rollout.score import ended_with_eos, response_texts
 from rlhf.stages.session import (
@@ -61,6 +64,7 @@ def run(config: Config, run_dir: Path) -> None:
             attention=config.model.attention,
             revision=config.model.revision,
         )
+    check_packing(stage, model)
     adapt(model, config, role)
     enable_checkpointing(model, role, memory=config.memory)
     engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
@@ -69,7 +73,7 @@ def run(config: Config, run_dir: Path) -> None:
 
     before = latest = evaluate(session, engine, vocab_limit=vocab_limit, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
-        train_step(session, engine, batch, vocab_limit=vocab_limit, step=step)
+        train_step(session, engine, batch, vocab_limit=vocab_limit, step=step, sources=loader.source_counts)
         if step % stage.eval_every == 0 or step == total_steps:
             latest = evaluate(session, engine, vocab_limit=vocab_limit, step=step)
 
@@ -80,39 +84,53 @@ def run(config: Config, run_dir: Path) -> None:
     session.finish(before=before, after=latest)
 
 
-def batch_loss(engine: Any, batch: SFTBatch, *, vocab_limit: int) -> Tensor:
+def check_packing(stage: SFTConfig, model: Any) -> None:
+    """Raise ConfigError if a model, of a family that only its files told, cannot keep packed examples apart."""
+    attention, family = model.config._attn_implementation, model.config.model_type
+    if stage.packing and (family not in PACKABLE or attention not in PACKING_ATTENTION):
+        raise ConfigError(f"stage.packing=true: not with {family} and attention {attention}; leave packing off")
+
+
+def batch_loss(engine: Any, batch: SFTBatch | PackedBatch, *, vocab_limit: int) -> Tensor:
     """Summed next-token loss over the target tokens of a micro-batch."""
-    logits = engine(
-        input_ids=batch.sequence_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=position_ids(batch.attention_mask),
-        use_cache=False,
-    ).logits
+    if isinstance(batch, PackedBatch):
+        mask: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
+        positions = batch.position_ids
+    else:
+        mask, positions = batch.attention_mask, position_ids(batch.attention_mask)
+    logits = engine(input_ids=batch.sequence_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
     logprobs = token_logprobs(logits[:, :-1, :vocab_limit], batch.sequence_ids[:, 1:])
     return sft_loss(logprobs, batch.loss_mask[:, 1:])
 
 
-def train_step(session: Session, engine: Any, batch: SFTBatch, *, vocab_limit: int, step: int) -> None:
+def train_step(
+    session: Session, engine: Any, batch: SFTBatch, *, vocab_limit: int, step: int, sources: dict[str, int]
+) -> None:
     """One optimizer step and its metrics."""
     engine.train()
-    batch = batch.to(session.device)
     stage = cast(SFTConfig, session.config.stage)
+    parts: list[Any] = batch.split(stage.micro_batch_size_per_gpu)
+    if stage.packing:
+        parts = [pack(part, pad_id=session.pad_id) for part in parts]
+    tokens, targets = int(batch.attention_mask.sum()), batch.loss_mask[:, 1:].sum()
     with session.recorder.phase("training"):
         result = optimizer_step(
             engine,
-            batch.split(stage.micro_batch_size_per_gpu),
+            [part.to(session.device) for part in parts],
             lambda part: batch_loss(engine, part, vocab_limit=vocab_limit),
             num_targets=global_count(session, [batch.loss_mask[:, 1:]]),
         )
-    session.accumulator.add("train/loss", result.loss_sum, batch.loss_mask[:, 1:].sum())
-    session.accumulator.add("train/tokens", batch.attention_mask.sum() * session.ranks, 1)
-    session.accumulator.add("train/padding_share", (~batch.attention_mask).sum(), batch.attention_mask.numel())
+    places = sum(part.sequence_ids.numel() for part in parts)
+    session.accumulator.add("train/loss", result.loss_sum, targets)
+    session.accumulator.add("train/tokens", tokens * session.ranks, 1)
+    session.accumulator.add("train/padding_share", places - tokens, places)
     values = session.reduced_metrics()
     values |= {
         "train/learning_rate": result.learning_rate,
         "train/grad_norm": result.grad_norm,
         "train/skipped": float(not result.applied),
         **session.timing(values.pop("train/tokens")),
+        **{f"data/{name}": float(count) for name, count in sources.items()},
     }
     session.recorder.metrics(step, values)
     shown = {"loss": values["train/loss"]}

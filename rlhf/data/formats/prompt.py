@@ -1,0 +1,10 @@
+"""A prompt without an answer, for PPO."""
+
+from rlhf.data.formats import Cells, Draft
+
+COLUMNS = {"prompt": "a text, or messages"}
+
+
+def read(row: Cells) -> Draft:
+    """The answer is for the policy to give."""
+    return Draft(messages=row.prompt())

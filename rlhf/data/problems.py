@@ -1,0 +1,55 @@
+"""What is wrong with the sources of a mix, before anything is read. Imports nothing heavy."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from rlhf.config.explain import did_you_mean
+from rlhf.config.schema import DataConfig, SourceConfig
+from rlhf.data.formats import format_names
+from rlhf.data.sources import source_kinds
+from rlhf.data.split import STAGES
+
+
+def source_problems(data: DataConfig) -> Iterator[str]:
+    """Say of every source which of its options cannot be; and whether the weights make a mix."""
+    for name, source in data.sources.items():
+        yield from _source(source, f"data.sources.{name}")
+    weights = {name: source.weight for name, source in data.sources.items()}
+    given = [weight for weight in weights.values() if weight is not None]
+    if given and len(given) < len(weights):
+        unset = ", ".join(name for name, weight in weights.items() if weight is None)
+        yield f"data.sources: {unset} has no weight while others have: set `weight` for all or for none"
+    elif given and not any(given):
+        yield "data.sources: every weight is 0, so the mix is empty: give at least one source a weight above 0"
+
+
+def _source(source: SourceConfig, key: str) -> Iterator[str]:
+    if source.kind not in source_kinds():
+        yield f"{key}.kind={source.kind}: there is no such kind of source{did_you_mean(source.kind, source_kinds())}"
+    if source.format not in format_names():
+        yield f"{key}.format={source.format}: there is no such format{did_you_mean(source.format, format_names())}"
+    for stage in source.stages:
+        if stage not in STAGES:
+            yield f"{key}.stages={source.stages}: there is no stage {stage}{did_you_mean(stage, STAGES)}"
+    if source.markers and (len(source.markers) != 2 or not all(marker.strip() for marker in source.markers)):
+        yield f"{key}.markers={source.markers}: must be two texts, the user's mark and the assistant's"
+    if source.remove is not None:
+        try:
+            re.compile(source.remove)
+        except re.error as error:
+            yield f"{key}.remove={source.remove}: is no regular expression: {error}"
+    if source.kind == "hub" and not source.path:
+        yield f"{key}.path is not set: give ORG/NAME of the Hugging Face hub, as in  {key}.path=Anthropic/hh-rlhf"
+    if source.kind == "file":
+        yield from _file(source, key)
+
+
+def _file(source: SourceConfig, key: str) -> Iterator[str]:
+    if not source.path:
+        yield f"{key}.path is not set: give a file or a directory, as in  {key}.path=FILE.jsonl"
+    elif not Path(source.path).exists():
+        folder = Path(source.path).parent
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        hint = did_you_mean(Path(source.path).name, names)
+        yield f"{key}.path={source.path}: there is no such file{hint if 'did you mean' in hint else ''}"

@@ -1,0 +1,165 @@
+"""Rows of local files: JSON Lines, JSON, CSV, Parquet and Arrow, the text ones also gzipped.
+
+Every reader yields (where, row), or `Refused` for a row that cannot be read; a file that cannot be read on raises
+DataError.
+"""
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rlhf.config.errors import DataError
+from rlhf.data.conversation import Refused
+
+Rows = Iterator[tuple[str, Any] | Refused]
+LONGEST_LINE = 64 * 1024**2
+_BATCH = 1000
+
+
+def suffixes() -> list[str]:
+    """The endings of the files that can be read."""
+    return [*(f"{suffix}{zipped}" for suffix in _TEXT for zipped in ("", ".gz")), *_BINARY]
+
+
+def can_read(path: Path) -> bool:
+    """Whether a file's name has one of the endings; files whose names begin with a dot are left alone."""
+    return not path.name.startswith((".", "_")) and path.name.endswith(tuple(suffixes()))
+
+
+def read_rows(path: Path, *, source: str) -> Rows:
+    """The rows of a file by its ending."""
+    name = path.name.removesuffix(".gz")
+    reader = next(read for suffix, read in {**_TEXT, **_BINARY}.items() if name.endswith(suffix))
+    try:
+        yield from reader(path, source)
+    except (OSError, EOFError, zlib.error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise DataError(f"{path} cannot be read: {reason}") from error
+
+
+def _open(path: Path) -> IO[bytes]:
+    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+
+
+def _parsed(text: bytes) -> Any:
+    """JSON of a line; raises ValueError with the reason."""
+    try:
+        return json.loads(text)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from error
+
+
+def _json_lines(path: Path, source: str) -> Rows:
+    with _open(path) as file:
+        number = 0
+        while line := file.readline(LONGEST_LINE):
+            number += 1
+            where = f"{path}:{number}"
+            if len(line) == LONGEST_LINE and not line.endswith(b"\n"):
+                while (rest := file.readline(LONGEST_LINE)) and not rest.endswith(b"\n"):
+                    pass
+                yield Refused(source=source, where=where, reason=f"longer than {LONGEST_LINE // 1024**2} MiB")
+            elif line.strip():
+                try:
+                    yield where, _parsed(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
+                except ValueError as error:
+                    yield Refused(source=source, where=where, reason=str(error))
+
+
+def _json_array(path: Path, source: str) -> Rows:
+    with _open(path) as file:
+        content = file.read()
+    try:
+        parsed = _parsed(content.removeprefix(b"\xef\xbb\xbf"))
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
+    if not isinstance(parsed, list):
+        raise DataError(f"{path}: must hold a JSON array of rows, not {type(parsed).__name__}")
+    yield from ((f"{path}: row {number}", row) for number, row in enumerate(parsed, start=1))
+
+
+def _csv(path: Path, source: str) -> Rows:
+    csv.field_size_limit(LONGEST_LINE)
+    with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as file:
+        reader = csv.reader(file)
+        try:
+            header = next(reader, [])
+        except csv.Error as error:
+            raise DataError(f"{path}:1: its header cannot be read: {error}") from error
+        if len(set(header)) < len(header):
+            twice = next(name for name in header if header.count(name) > 1)
+            raise DataError(f"{path}:1: the column {twice!r} occurs twice in the header")
+        while True:
+            try:
+                cells = next(reader, None)
+            except csv.Error as error:
+                yield Refused(source=source, where=f"{path}:{reader.line_num}", reason=f"not valid CSV ({error})")
+                continue
+            where = f"{path}:{reader.line_num}"
+            if cells is None:
+                return
+            if not cells:
+                continue
+            if len(cells) != len(header):
+                reason = f"has {len(cells)} cells, but the header has {len(header)}"
+                yield Refused(source=source, where=where, reason=reason)
+            else:
+                yield where, dict(zip(header, cells, strict=True))
+
+
+def _parquet(path: Path, source: str) -> Rows:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _batches(path, source, file.iter_batches(batch_size=_BATCH))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not valid Parquet ({_first_line(error)})") from error
+
+
+def _arrow(path: Path, source: str) -> Rows:
+    import pyarrow
+
+    try:
+        with pyarrow.memory_map(str(path)) as file:
+            reader: Any
+            try:
+                reader = pyarrow.ipc.open_stream(file)
+            except pyarrow.ArrowInvalid:
+                whole = pyarrow.ipc.open_file(file)
+                reader = (whole.get_batch(index) for index in range(whole.num_record_batches))
+            yield from _batches(path, source, reader)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not valid Arrow ({_first_line(error)})") from error
+
+
+def _batches(path: Path, source: str, batches: Any) -> Rows:
+    number = 0
+    for batch in batches:
+        for index in range(batch.num_rows):
+            number += 1
+            where = f"{path}: row {number}"
+            try:
+                row = batch.slice(index, 1).to_pylist()[0]
+            except UnicodeDecodeError as error:
+                yield Refused(source=source, where=where, reason=f"not valid UTF-8 ({error.reason})")
+                continue
+            yield where, row
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+_TEXT: dict[str, Callable[[Path, str], Rows]] = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv}
+_BINARY: dict[str, Callable[[Path, str], Rows]] = {".parquet": _parquet, ".arrow": _arrow}

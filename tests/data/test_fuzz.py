@@ -1,0 +1,116 @@
+"""Thousands of damaged files in every format: never a traceback, never a wrong count."""
+
+import gzip
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from rlhf.config.errors import DataError
+from rlhf.config.schema import OnProblem, SourceConfig
+from rlhf.data.conversation import Conversation, Refused
+from rlhf.data.sources import read_source
+
+TURNS = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
+GOOD: dict[str, dict[str, Any]] = {
+    "preference": {"prompt": "p", "chosen": "c", "rejected": "r"},
+    "conversational": {"messages": TURNS},
+    "completion": {"prompt": "p", "completion": "c"},
+    "instruction": {"instruction": "i", "input": "", "output": "o"},
+    "transcript": {"chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "\n\nHuman: a\n\nAssistant: c"},
+    "scored_pair": {"prompt": "p", "answer_0": "a", "answer_1": "b", "score_0": 0.5, "score_1": 1},
+    "prompt": {"prompt": "p"},
+    "text": {"text": "t"},
+}
+ODD: list[Any] = [None, "", "  ", 0, -1.5, True, [], {}, [[]], [None], {"role": "user"}, TURNS, "\ud800", "x" * 10_000]
+ODD += [float("nan"), 10**400, [{"role": "user", "content": 3}], "\x00", "\n\nHuman:", "\u202e", [TURNS]]
+FILES = 2_000  # Of each format.
+
+
+def mutated(row: dict[str, Any], luck: random.Random) -> Any:
+    """A row with something changed, or something else altogether."""
+    row = dict(row)
+    for _ in range(luck.randint(1, 2)):
+        choice = luck.random()
+        if choice < 0.15:
+            return luck.choice(ODD)
+        key = luck.choice(list(row)) if row else "x"
+        if choice < 0.4:
+            row.pop(key, None)
+        elif choice < 0.5:
+            row[key + "x"] = row.pop(key, None)
+        else:
+            row[key] = luck.choice(ODD)
+    return row
+
+
+def write(path: Path, rows: list[Any], luck: random.Random) -> bool:
+    """Write rows in the file's own way, perhaps with damaged bytes; whether the rows can still be counted."""
+    if path.name.endswith(".parquet"):
+        usable = [row for row in rows if isinstance(row, dict) and row]
+        try:
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(usable), path)
+        except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
+            # A table that cannot be: columns of several types.
+            usable = [{"prompt": "p"}] * len(usable)
+            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(usable), path)
+        rows[:] = usable
+        content = path.read_bytes()
+    elif path.name.endswith(".json"):
+        content = json.dumps(rows).encode()
+    else:
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    damaged = luck.random() < 0.3
+    if damaged:
+        for _ in range(luck.randint(1, 4)):
+            place = luck.randrange(len(content)) if content else 0
+            choice = luck.random()
+            if choice < 0.5:
+                content = content[:place] + bytes([luck.randrange(256)]) + content[place + 1 :]
+            elif choice < 0.8:
+                content = content[:place] + content[place + luck.randint(1, 30) :]
+            else:
+                content = content[:place]
+    path.write_bytes(gzip.compress(content) if path.suffix == ".gz" else content)
+    if path.suffix == ".gz" and luck.random() < 0.2:
+        packed = path.read_bytes()
+        path.write_bytes(packed[: luck.randrange(1, len(packed))])
+        return False
+    return not damaged
+
+
+@pytest.mark.parametrize("form", sorted(GOOD))
+def test_damaged_files_are_refused_by_row_or_as_a_whole(form: str, tmp_path: Path) -> None:
+    luck = random.Random(form)
+    outcomes = {"read": 0, "refused": 0}
+    for number in range(FILES):
+        suffix = luck.choice([".jsonl", ".jsonl", ".jsonl.gz", ".json", ".parquet"])
+        path = tmp_path / f"{number}{suffix}"
+        rows = [mutated(GOOD[form], luck) if luck.random() < 0.5 else GOOD[form] for _ in range(luck.randint(1, 8))]
+        countable = write(path, rows, luck)
+        source = SourceConfig(path=str(path), format=form)
+        found: list[Conversation | Refused] = []
+        try:
+            found.extend(read_source(source, name="main", on_bad_row=OnProblem.skip))
+        except DataError as error:
+            outcomes["refused"] += 1
+            assert str(path) in str(error)
+            assert len(str(error)) < 5000
+            continue
+        outcomes["read"] += 1
+        assert all(entry.where.startswith(str(path)) for entry in found)
+        assert all(entry.reason for entry in found if isinstance(entry, Refused))
+        if countable:
+            assert len(found) == len(rows), path
+            good = sum(row is GOOD[form] for row in rows)
+            assert sum(isinstance(entry, Conversation) for entry in found) >= good
+        strict = SourceConfig(path=str(path), format=form)
+        bad = sum(isinstance(entry, Refused) and entry.bad for entry in found)
+        if bad:
+            with pytest.raises(DataError, match=f"{bad} rows cannot be used"):
+                list(read_source(strict, name="main", on_bad_row=OnProblem.error))
+    assert outcomes["read"] > 50 and outcomes["refused"] > 5
