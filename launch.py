@@ -69,6 +69,10 @@ def main() -> int:
         if show_traceback or not str(error).startswith(("Config group override", "No trials are completed yet")):
             raise
         return complain(str(error))
+    except RuntimeError as error:
+        # Optuna's grid has nothing left to try; its sweeper does not expect that of a last job that failed.
+        if show_traceback or "`Study.stop` is supposed to be invoked" not in str(error):
+            raise
     finally:
         results = read_results(sweep)
         if not list((sweep / "hydra").glob(".submitit")):

@@ -61,10 +61,10 @@ def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
 def test_tuned_micro_batches_follow_the_number_of_gpus_but_given_ones_do_not(tmp_path: Path) -> None:
     done = launch(tmp_path, "mode=plan", "hardware=8xa100")
     assert done.returncode == 0
-    assert "sft: 64 sequences per optimizer step = micro-batch 8 × accumulation 1 × 8 ranks" in done.stdout
+    assert "sft: 32 sequences per optimizer step = micro-batch 4 × accumulation 1 × 8 ranks" in done.stdout
     given = launch(tmp_path, "mode=plan", "hardware=8xa100", "stage.sft.micro_batch_size_per_gpu=32")
     assert given.returncode == 2
-    assert "stage.sft.batch_size=64 is not a multiple of micro_batch_size_per_gpu × ranks = 32 × 8" in given.stderr
+    assert "stage.sft.batch_size=32 is not a multiple of micro_batch_size_per_gpu × ranks = 32 × 8" in given.stderr
 
 
 def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
     tuned = launch(tmp_path, "mode=explain", "key=stage.ppo.iterations")
     assert "44  (from conf/tuned/ppo-tiny.yaml)" in tuned.stdout
     adjusted = launch(tmp_path, "mode=explain", "key=stage.sft.micro_batch_size_per_gpu", "hardware=8xa100")
-    assert "used     8  (decided for this machine and model)" in adjusted.stdout
+    assert "used     4  (decided for this machine and model)" in adjusted.stdout
     unknown = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_cof")
     assert (unknown.returncode, "did you mean stage.ppo.kl_coef" in unknown.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []
@@ -123,9 +123,9 @@ def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
     assert strict.returncode == 2
     assert f"{tmp_path}/rows.jsonl:401: not valid JSON" in strict.stderr
     assert f'{tmp_path}/rows.jsonl:402: "chosen" is null' in strict.stderr
-    small = launch(tmp_path, *given, "data.on_bad_row=skip")
+    small = launch(tmp_path, *given, "data.on_bad_row=skip", "stage.rm.batch_size=512")
     assert (small.returncode, small.stdout) == (2, "")
-    assert "fewer than one batch of 128" in small.stderr and "data.txt" in small.stderr
+    assert "fewer than one batch of 512" in small.stderr and "data.txt" in small.stderr
     enough = [*given, "data.on_bad_row=skip", "stage.ppo.rollout_batch_size=32", "stage.ppo.mini_batch_size=32"]
     done = launch(tmp_path, *enough, "stage.ppo.micro_batch_size_per_gpu=8")
     assert done.returncode == 0, done.stderr
@@ -135,7 +135,10 @@ def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "r" / "data" / "data.json").read_text())
     assert found["counts"]["dropped"]["bad row"] == 2
     assert found["overlaps"] == {}
-    assert sum(part["rows"] for part in found["counts"]["parts"].values()) == 400
+    rows_of = {label: part["rows"] for label, part in found["counts"]["parts"].items()}
+    held_out = rows_of["rm_held_out"]
+    assert rows_of["sft_held_out"] == rows_of["ppo_held_out"] == held_out > 0  # The same prompts for every stage.
+    assert sum(rows_of[f"{stage}_train"] for stage in ("sft", "rm", "ppo")) + held_out == 400
     page = (tmp_path / "r" / "data" / "data.html").read_text()
     assert "<mark>Number" in page and "data:image/png;base64," in page
     assert (tmp_path / "r" / "data" / "data.png").stat().st_size > 10_000
