@@ -20,8 +20,7 @@ class Conversation:
     `messages` is the prompt and ends with a user's turn. `chosen` is None where the row is a prompt only, `rejected`
     where there is no worse answer to compare with. A plain text has no messages and is itself `chosen`. `source` is
     the source's name in the mix, `where` says which row it was, in words for an error message. `extra` holds the
-    columns that a scorer wants to see. `repeats` says that one of the answers stands in an earlier pair, too: such a
-    pair trains a reward model but is no independent evidence when it is evaluated.
+    columns that a scorer wants to see.
     """
 
     messages: tuple[Message, ...]
@@ -30,7 +29,6 @@ class Conversation:
     source: str
     where: str
     extra: Mapping[str, Any] = field(default_factory=dict)
-    repeats: bool = False
 
     @property
     def prompt_text(self) -> str:

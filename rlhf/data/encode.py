@@ -177,8 +177,6 @@ class Encoder:
             return "rm: no rejected answer"
         if row["chosen_text"] == row["rejected_text"]:
             return "rm: both answers equal"
-        if part.held_out and conversation.repeats:
-            return "rm: an answer stands in another held-out pair"
         if row["chosen_truncated"] or row["rejected_truncated"]:
             # The score is read at EOS, which a truncated answer does not have.
             return "rm: an answer is truncated"

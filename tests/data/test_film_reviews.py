@@ -2,7 +2,6 @@
 
 import importlib.util
 import sys
-from collections import Counter
 
 import pytest
 
@@ -31,15 +30,14 @@ def test_pairs_share_their_opening_and_keep_their_labels(one_liners: list[Conver
         for text in film_reviews.excerpts(review)
     }
     pairs = [row for row in one_liners if row.rejected is not None]
-    assert 700 < sum(not row.repeats for row in pairs) < 1100
-    assert 1100 < len(pairs) < 1600
+    assert 700 < len(pairs) < 1100
     for row in pairs:
         opening = row.messages[0].content.removeprefix(f"{film_reviews.INSTRUCTION} ")
         assert len(opening.split()) == 2
         assert label[f"{opening} {row.chosen}"] and not label[f"{opening} {row.rejected}"]
 
 
-def test_every_excerpt_is_used_and_none_is_the_judges(one_liners: list[Conversation]) -> None:
+def test_every_excerpt_is_used_once_and_none_is_the_judges(one_liners: list[Conversation]) -> None:
     used = []
     for row in one_liners:
         opening = row.messages[0].content.removeprefix(f"{film_reviews.INSTRUCTION} ")
@@ -51,17 +49,7 @@ def test_every_excerpt_is_used_and_none_is_the_judges(one_liners: list[Conversat
         if not film_reviews.is_for_judge(review)
         for text in film_reviews.excerpts(review)
     }
-    assert set(used) == {text for text, _ in open_to_stages}
-    # The fewer of an opening's positive and negative continuations are repeated in turn, the others used once.
-    grouped: dict[object, list[Conversation]] = {}
-    for row in one_liners:
-        if row.rejected is not None:
-            grouped.setdefault(row.messages, []).append(row)
-    for rows in grouped.values():
-        sides = [Counter(row.chosen for row in rows), Counter(row.rejected for row in rows)]
-        assert len(rows) == max(len(side) for side in sides)
-        assert sum(row.repeats for row in rows) == len(rows) - min(len(side) for side in sides)
-        assert all(max(side.values()) - min(side.values()) <= 1 for side in sides)
+    assert sorted(used) == sorted(text for text, _ in open_to_stages)
     only_judges = {t for r in reviews if film_reviews.is_for_judge(r) for t in film_reviews.excerpts(r)}
     only_judges -= {text for text, _ in open_to_stages}
     assert len(only_judges) > 500
@@ -79,7 +67,7 @@ def test_long_reviews_give_their_first_and_last_sentence() -> None:
     )
     assert film_reviews.excerpts(review) == ["mr. smith made a film i liked.", "but the ending made me cry."]
     pairs = sum(row.rejected is not None for row in read("long_reviews"))
-    assert 13_000 < pairs < 14_500
+    assert 7000 < pairs < 9500
 
 
 @pytest.mark.parametrize(

@@ -118,30 +118,21 @@ def continuations(reviews: list[Review], *, opening_words: int) -> dict[str, tup
 
 
 def conversations(source: SourceConfig, *, name: str) -> Iterator[Conversation]:
-    """Pair the k-th positive with the k-th negative continuation of each opening; the fewer of them begin again.
+    """Pair the k-th positive with the k-th negative continuation of each opening; what is left over has no partner.
 
-    Pairs with a continuation that stands in an earlier one are marked as repeating it. Where an opening has
-    continuations of one label only, each is yielded as a demonstration with rejected=None. There are no bad rows in the
-    package.
+    A continuation without a partner is yielded as a demonstration, whatever its label, with rejected=None. There are
+    no bad rows in the package.
     """
     site = _site(source, name)
     reviews = [review for review in read_reviews() if review.site == site and not is_for_judge(review)]
     for opening, (negative, positive) in sorted(continuations(reviews, opening_words=source.opening_words).items()):
-        prompt = (Message("user", f"{INSTRUCTION} {opening}"),)
+        messages = (Message("user", f"{INSTRUCTION} {opening}"),)
         where = f"the film reviews that begin with “{opening}”"
-        once = min(len(negative), len(positive))
-        if not once:
-            for text in negative + positive:
-                yield Conversation(messages=prompt, chosen=text, rejected=None, source=name, where=where)
-        for number in range(max(len(negative), len(positive)) if once else 0):
-            yield Conversation(
-                messages=prompt,
-                chosen=positive[number % len(positive)],
-                rejected=negative[number % len(negative)],
-                source=name,
-                where=where,
-                repeats=number >= once,
-            )
+        pairs = min(len(negative), len(positive))
+        for chosen, rejected in zip(positive, negative, strict=False):
+            yield Conversation(messages=messages, chosen=chosen, rejected=rejected, source=name, where=where)
+        for text in negative[pairs:] + positive[pairs:]:
+            yield Conversation(messages=messages, chosen=text, rejected=None, source=name, where=where)
 
 
 def content_digest(source: SourceConfig, *, name: str) -> str:
