@@ -24,7 +24,7 @@ PARTS = {"one_liners": "rotten_tomatoes", "long_reviews": "imdb"}
 INSTRUCTION = "Continue this film review:"
 JUDGE_SHARE = 0.1
 JUDGE_TEST_SHARE = 0.2
-MIN_WORDS, MAX_WORDS = 4, 40
+MIN_WORDS, MAX_WORDS = 4, 32
 
 _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"')]))\s+(?=[A-Z0-9\"'(])|\s*\n\s*")
 _ABBREVIATION = re.compile(r"\b(?:Mr|Mrs|Ms|Dr|St|Jr|Sr|vs|[A-Z])\.$")
@@ -84,15 +84,28 @@ def sentences(text: str) -> list[str]:
     return pieces
 
 
+def _fitting(pieces: list[str]) -> list[str]:
+    """The leading pieces that have MAX_WORDS words together, whole ones only."""
+    words = 0
+    for count, piece in enumerate(pieces):
+        words += len(piece.split())
+        if words > MAX_WORDS:
+            return pieces[:count]
+    return pieces
+
+
 def excerpts(review: Review) -> list[str]:
-    """What is used of a review: a one-liner whole, of a long one its first and last sentence; 4 to 40 words each."""
+    """What is used of a review: a one-liner whole, of a long one its first and its last sentences.
+
+    As many whole sentences as fit into 32 words: one sentence often says nothing of what the reviewer thought. What
+    has fewer than 4 words is left out, and no sentence is in both.
+    """
+    pieces = [normalize(piece) for piece in sentences(review.text)]
     if review.site == PARTS["one_liners"]:
-        candidates = [review.text]
-    else:
-        pieces = sentences(review.text)
-        candidates = [pieces[0], pieces[-1]] if len(pieces) > 1 else pieces
-    texts = (normalize(candidate) for candidate in candidates)
-    return [text for text in texts if MIN_WORDS <= len(text.split()) <= MAX_WORDS]
+        pieces = [normalize(review.text)]
+    first = _fitting(pieces)
+    last = _fitting(pieces[len(first) :][::-1])[::-1]
+    return [text for text in (" ".join(first), " ".join(last)) if len(text.split()) >= MIN_WORDS]
 
 
 def _site(source: SourceConfig, name: str) -> str:
