@@ -99,9 +99,9 @@ def silence_warnings() -> None:
 
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells a user what to do."""
-    from rlhf.config.errors import ConfigError, DataError
+    from rlhf.config.errors import ConfigError, DataError, StoppedError
 
-    return isinstance(error, ConfigError | DataError)
+    return isinstance(error, ConfigError | DataError | StoppedError)
 
 
 def record_error(path: Path, error: BaseException) -> None:

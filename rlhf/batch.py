@@ -33,6 +33,13 @@ class TensorBatch:
             **{name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}
         )
 
+    def repeat(self, count: int) -> Self:
+        """Each row `count` times, one behind the other."""
+        if count == 1:
+            return self
+        index = torch.arange(len(self)).repeat_interleave(count)
+        return self.rows(index)
+
     def split(self, size: int) -> list[Self]:
         """Consecutive parts of `size` rows; the last one may be smaller."""
         return [self.rows(slice(start, start + size)) for start in range(0, len(self), size)]
@@ -83,12 +90,17 @@ class PackedBatch(TensorBatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PreferenceBatch(TensorBatch):
-    """Pairs of whole sequences with a common prompt, each side right-padded to the same length."""
+    """Pairs of whole sequences with a common prompt, each side right-padded to the same length.
+
+    The targets are the answers' tokens, EOS included.
+    """
 
     chosen_ids: Int[Tensor, "B T"]
     chosen_mask: Bool[Tensor, "B T"]
+    chosen_targets: Bool[Tensor, "B T"]
     rejected_ids: Int[Tensor, "B T"]
     rejected_mask: Bool[Tensor, "B T"]
+    rejected_targets: Bool[Tensor, "B T"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

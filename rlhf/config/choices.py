@@ -66,6 +66,36 @@ class Reuse(Enum):
     off = "off"
 
 
+class Normalize(Enum):
+    """By what scores are normalised."""
+
+    model = "model"
+    running = "running"
+    off = "off"
+
+
+class KlPlacement(Enum):
+    """Where the divergence from the reference is punished."""
+
+    reward = "reward"
+    loss = "loss"
+
+
+class DpoLoss(Enum):
+    """How a pair's difference of log-ratios becomes a loss."""
+
+    sigmoid = "sigmoid"
+    ipo = "ipo"
+
+
+class RuleAction(Enum):
+    """What a health rule does when it finds something."""
+
+    warn = "warn"
+    stop = "stop"
+    off = "off"
+
+
 class LauncherKind(Enum):
     """How the ranks of several machines are started."""
 

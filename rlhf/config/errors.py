@@ -24,6 +24,10 @@ class DataError(ValueError):
     """Data that cannot be used: the message names the file, the row and the reason."""
 
 
+class StoppedError(RuntimeError):
+    """A run that one of its health rules ended: the message says which, why, and what is left of the run."""
+
+
 class MissingExtraError(ConfigError):
     """An optional package is not installed."""
 

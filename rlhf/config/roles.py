@@ -1,8 +1,8 @@
 """What a stage needs from the launcher and the engine for each of its models."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from rlhf.config.schema import Config, OptimizerConfig, StageConfig
+from rlhf.config.schema import REWARD_MODEL, Config, OptimizerConfig, StageConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -12,7 +12,9 @@ class Role:
     `batch_size` is the global number of sequences per optimizer step, `micro_batch_size_per_gpu` those of one forward
     and backward pass on one rank. A role without an optimizer is never trained. `model_key` is the configured model
     that it has the sizes of (model or reward_model), `directory_key` the stage's option that may name another one.
-    A scalar role ends in one number instead of logits. A role that generates samples the responses.
+    A scalar role ends in one number instead of logits. A role that generates samples the responses. `path` is a
+    directory that no option of the stage names. An averaged role keeps an fp32 average of its weights.
+    `extra_batch_size` sequences of another kind are accumulated in the same optimizer step.
     """
 
     name: str
@@ -23,19 +25,32 @@ class Role:
     directory_key: str | None = None
     scalar: bool = False
     generates: bool = False
+    path: str | None = None
+    averaged: bool = False
+    extra_batch_size: int = 0
 
     def accumulation_steps(self, ranks: int) -> int:
-        """Micro-batches per optimizer step on each rank: batch_size / (micro_batch_size_per_gpu * ranks)."""
-        return max(1, self.batch_size // max(1, self.micro_batch_size_per_gpu * ranks))
+        """Micro-batches per optimizer step on each rank: those of both batches / (micro_batch_size_per_gpu * ranks)."""
+        per_step = max(1, self.micro_batch_size_per_gpu * ranks)
+        return max(1, self.batch_size // per_step) + -(-self.extra_batch_size // per_step)
 
 
 def roles_of(config: Config, stage: StageConfig) -> list[Role]:
-    """The models that a stage keeps: without the reference where the actor with its adapters off is the reference."""
-    return [
-        role
-        for role in stage.roles()
-        if role.name != "reference" or not config.lora.adapts(stage=stage.name, role="actor")
-    ]
+    """The models that a stage keeps.
+
+    Without the reference where the actor with its adapters off is the reference; with as many reward models as score.
+    """
+    roles = []
+    for role in stage.roles():
+        if role.name == "reference" and config.lora.adapts(stage=stage.name, role="actor"):
+            continue
+        if role.name != REWARD_MODEL:
+            roles.append(role)
+        elif config.scorer.kind == REWARD_MODEL:
+            roles.append(role)
+            for number, path in enumerate(config.scorer.others, start=2):
+                roles.append(replace(role, name=f"{REWARD_MODEL}_{number}", directory_key=None, path=path))
+    return roles
 
 
 def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:

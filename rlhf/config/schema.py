@@ -11,12 +11,16 @@ from rlhf.config.choices import Accelerator as Accelerator
 from rlhf.config.choices import Exhausted as Exhausted
 from rlhf.config.choices import LauncherKind as LauncherKind
 from rlhf.config.choices import Mode as Mode
+from rlhf.config.choices import Normalize as Normalize
 from rlhf.config.choices import OnProblem as OnProblem
 from rlhf.config.choices import Precision as Precision
 from rlhf.config.choices import Reuse as Reuse
 from rlhf.config.choices import Schedule as Schedule
 from rlhf.config.choices import WeightSource as WeightSource
 from rlhf.config.fields import option, option_factory
+from rlhf.config.policy import REWARD_MODEL as REWARD_MODEL
+from rlhf.config.policy import RolloutConfig as RolloutConfig
+from rlhf.config.policy import ScorerConfig as ScorerConfig
 
 if TYPE_CHECKING:
     from rlhf.config.roles import Role
@@ -304,35 +308,6 @@ class LoraConfig:
     def adapts(self, *, stage: str, role: str) -> bool:
         """Whether a stage's role is trained through adapters."""
         return self.rank is not None and (stage if role == "model" else role) in self.roles
-
-
-@dataclass(kw_only=True, slots=True)
-class RolloutConfig:
-    """Sampling of responses."""
-
-    temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
-    top_p: float = option(
-        1.0, "Nucleus sampling; values below 1 bias the PPO ratio and are warned about.", above=0, maximum=1
-    )
-    top_k: int = option(0, "Sample from the k likeliest tokens; 0 for all. Other values bias the PPO ratio.", minimum=0)
-    max_new_tokens: int | None = option(
-        None, "Longest response in tokens; null takes data.max_response_length.", minimum=1
-    )
-    batch_size_per_gpu: int | None = option(
-        None, "Prompts generated together on a rank; null for all at once.", minimum=1
-    )
-    gather: bool | None = option(
-        None, "ZeRO-3: gather the whole policy once per rollout, instead of each layer at each token; null: if it fits."
-    )
-
-
-@dataclass(kw_only=True, slots=True)
-class ScorerConfig:
-    """From a response to its score."""
-
-    normalize: bool = option(True, "Subtract the reward model's stored mean and divide by its standard deviation.")
-    clip: float | None = option(5.0, "Clip scores to [-clip, clip] after normalisation; null for no clipping.", above=0)
-    missing_eos_penalty: float = option(2.0, "Taken off the score of a response that does not end with EOS.", minimum=0)
 
 
 @dataclass(kw_only=True, slots=True)

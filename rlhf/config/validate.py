@@ -11,6 +11,7 @@ from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds, out_of_bounds
 from rlhf.config.schema import (
+    REWARD_MODEL,
     Accelerator,
     Config,
     DataConfig,
@@ -19,6 +20,7 @@ from rlhf.config.schema import (
     ModelConfig,
     OptimizerConfig,
     Precision,
+    ScorerConfig,
     StageConfig,
     WeightSource,
 )
@@ -39,7 +41,9 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from _roles_memory(config.memory)
     ranks = max(1, (config.hardware.gpus_per_node or 1) * config.hardware.nodes)
     yield from config.stage.problems("stage", ranks)
-    yield from _stage(config.stage, "stage", mode=config.mode)
+    by_model = config.scorer.kind == REWARD_MODEL
+    yield from _stage(config.stage, "stage", mode=config.mode, scored=by_model)
+    yield from _scorer(config.scorer)
     yield from _model(config.model, "model", mode=config.mode)
     if config.reward_model != config.model:
         yield from _model(config.reward_model, "reward_model", mode=config.mode)
@@ -83,6 +87,18 @@ def _roles_memory(memory: MemoryConfig) -> Iterator[str]:
         yield "memory.offload_optimizer=true: needs memory.zero_stage=1, 2 or 3, not 0"
 
 
+def _scorer(scorer: ScorerConfig) -> Iterator[str]:
+    for path in scorer.others:
+        yield from _model_directory(path, "scorer.others", scored=True)
+    if scorer.kind != REWARD_MODEL and (scorer.others or scorer.weights):
+        yield f"scorer.kind={scorer.kind}: asks no reward model; leave scorer.others and scorer.weights out"
+    elif scorer.weights and len(scorer.weights) != 1 + len(scorer.others):
+        yield (
+            f"scorer.weights={scorer.weights}: give {1 + len(scorer.others)} weights, of the stage's reward model and "
+            "of each of scorer.others, or none"
+        )
+
+
 def _lora(config: Config) -> Iterator[str]:
     lora = config.lora
     known = ("sft", "rm", "actor", "critic")
@@ -98,17 +114,17 @@ def _lora(config: Config) -> Iterator[str]:
                 f"lora.rank={lora.rank}: {key}={model.name} names no layers to adapt: give some, as in  "
                 f"lora.targets=[q_proj,v_proj], or leave {', '.join(sorted(used))} out of lora.roles"
             )
-    if lora.dropout > 0 and config.stage.name in ("ppo", "pipeline"):
+    if lora.dropout > 0 and (config.stage.name == "pipeline" or any(role.generates for role in config.stage.roles())):
         yield f"lora.dropout={lora.dropout}: PPO needs 0, because the probability ratio must start at 1"
 
 
-def _stage(stage: StageConfig, prefix: str, *, mode: Mode) -> Iterator[str]:
+def _stage(stage: StageConfig, prefix: str, *, mode: Mode, scored: bool) -> Iterator[str]:
     """Optimizers and model directories, also those of a pipeline's stages."""
     inside = prefix != "stage"
     for entry in fields(stage):
         key, value = f"{prefix}.{entry.name}", getattr(stage, entry.name)
         if isinstance(value, StageConfig):
-            yield from _stage(value, key, mode=mode)
+            yield from _stage(value, key, mode=mode, scored=scored)
         elif isinstance(value, OptimizerConfig):
             yield from _optimizer(value, key)
         elif not entry.name.endswith("_model"):
@@ -117,7 +133,7 @@ def _stage(stage: StageConfig, prefix: str, *, mode: Mode) -> Iterator[str]:
             yield f"{key}={value}: a pipeline fills this in itself; leave it out, or run  stage={stage.name}  alone"
         elif isinstance(value, str):
             yield from _model_directory(value, key, scored=entry.name == "reward_model")
-        elif entry.name == "reward_model" and mode is Mode.run and not inside:
+        elif entry.name == "reward_model" and mode is Mode.run and not inside and scored:
             yield (
                 f"{key} is not set: stage={stage.name} needs a trained reward model, as in  {key}=RUN/rm/model  "
                 "(stage=rm trains one; stage=pipeline does everything)"

@@ -1,6 +1,6 @@
 """Building a mix: rows stream from the sources through the tokenizer to disk, then each part is put in order.
 
-No more than a few thousand rows are in memory at a time, and 35 bytes of each row that was written.
+No more than a few thousand rows are in memory at a time, and 40 bytes of each row that was written.
 """
 
 import json
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from rlhf.config.errors import DataError
 from rlhf.config.schema import DataConfig, OnProblem
 from rlhf.data.conversation import Conversation, Refused
-from rlhf.data.encode import META, Encoded, Encoder
+from rlhf.data.encode import BAD_ROW, META, Encoded, Encoder
 from rlhf.data.mix import mix_order, mix_reports
 from rlhf.data.sources import LISTED_ROWS, read_source
 from rlhf.data.split import ALL_PARTS
@@ -52,6 +52,7 @@ class Tally:
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     truncated: Counter[tuple[str, str]] = field(default_factory=Counter)
     long_prompts: list[str] = field(default_factory=list)
+    bad_rows: list[str] = field(default_factory=list)
 
 
 class _Writer:
@@ -82,19 +83,21 @@ class _Writer:
         for problem in encoded.problems:
             if problem["problem"] == "prompt too long":
                 self.tally.long_prompts.append(f"{problem['source']}, {problem['where']}: {problem['detail']}")
+            if problem["problem"] == BAD_ROW:
+                self.tally.bad_rows.append(f"{problem['where']}: {problem['detail']}")
             self.problem(problem)
 
     def refuse(self, refused: Refused) -> None:
         """Count and list a row that gave no conversation."""
         self.tally.read[refused.source] += 1
-        kind = "bad row" if refused.bad else refused.reason
+        kind = BAD_ROW if refused.bad else refused.reason
         self.tally.dropped[refused.source, kind] += 1
         entry = {"problem": kind, "source": refused.source, "where": refused.where}
         self.problem({**entry, "detail": refused.reason if refused.bad else ""})
 
     def problem(self, entry: dict[str, Any]) -> None:
         """List one row."""
-        self._problems.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self._problems.write(json.dumps(entry) + "\n")
 
     def finish(self) -> None:
         """Complete the parts' files."""
@@ -112,11 +115,12 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
                 writer.add(encoded)
         finally:
             writer.finish()
-        _check_lengths(writer.tally, data)
+        _check_rows(writer.tally, data)
         meta = {label: np.concatenate(parts) for label, parts in writer.meta.items()}
         kept = _without_conflicts(meta, directory, writer)
-        parts, reports = _ordered(data, meta, kept, directory)
+        parts, reports = _ordered(data, meta, kept, directory, writer)
     counts = {
+        "sources": list(data.sources),
         "read": dict(writer.tally.read),
         "parts": parts,
         "dropped": _by_reason(writer.tally.dropped),
@@ -190,7 +194,14 @@ def _work(conversations: list[Conversation]) -> Encoded:
     return _ENCODER[0].encode(conversations)
 
 
-def _check_lengths(tally: Tally, data: DataConfig) -> None:
+def _check_rows(tally: Tally, data: DataConfig) -> None:
+    """Raise DataError for rows that the chat template refuses, and for prompts that are too long, unless skipped."""
+    if tally.bad_rows and data.on_bad_row is OnProblem.error:
+        listed = "\n  ".join(tally.bad_rows[:LISTED_ROWS])
+        raise DataError(
+            f"{len(tally.bad_rows)} rows cannot be used:\n  {listed}\n"
+            "Repair them, or set data.on_bad_row=skip to leave them out"
+        )
     if not tally.long_prompts or data.on_long_prompt is not OnProblem.error:
         return
     longest = max(int(entry.rsplit(" ", 2)[1]) for entry in tally.long_prompts)
@@ -226,7 +237,7 @@ def _without_conflicts(meta: dict[str, NDArray[Any]], directory: Path, writer: _
             mine = places == number
             kept[label] = wanted[mine] == number
             _list(directory, writer, label, ~kept[label], "prompt belongs to another stage")
-    once = {"sft": ("order", "sft: answer seen before"), "ppo": ("digest", "ppo: prompt seen before")}
+    once = {"sft": ("identity", "sft: answer seen before"), "ppo": ("digest", "ppo: prompt seen before")}
     for label in labels:
         field_name, reason = once.get(label.partition("_")[0], ("", ""))
         if not field_name:
@@ -254,7 +265,11 @@ def _list(directory: Path, writer: _Writer, label: str, which: NDArray[np.bool_]
 
 
 def _ordered(
-    data: DataConfig, meta: dict[str, NDArray[Any]], kept: dict[str, NDArray[np.bool_]], directory: Path
+    data: DataConfig,
+    meta: dict[str, NDArray[Any]],
+    kept: dict[str, NDArray[np.bool_]],
+    directory: Path,
+    writer: _Writer,
 ) -> tuple[dict[str, Any], list[str]]:
     """Write each part's order: of each source what its weight allows; held-out parts are kept whole."""
     names = list(data.sources)
@@ -268,6 +283,9 @@ def _ordered(
             rows[usable], available, {name: None for name in weights} if part.held_out else weights, data.exhausted
         )
         order = usable[order]
+        beyond = kept[part.label].copy() if part.label in kept else np.zeros(0, dtype=bool)
+        beyond[order] = False
+        _list(directory, writer, part.label, beyond, "beyond the source's weight")
         taken = {name: int((rows["source"][order] == number).sum()) for number, name in enumerate(names)}
         if not part.held_out:
             reports += mix_reports(part.label, available, taken)

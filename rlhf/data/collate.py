@@ -51,6 +51,13 @@ def collate_pairs(rows: Sequence[Row], *, pad_id: int) -> PreferenceBatch:
     length = max(len(sequence) for sequences in sides.values() for sequence in sequences)
     chosen_ids, chosen_mask = pad(sides["chosen"], pad_id=pad_id, length=length)
     rejected_ids, rejected_mask = pad(sides["rejected"], pad_id=pad_id, length=length)
+    prompt_lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
+    is_response = torch.arange(length)[None, :] >= prompt_lengths[:, None]
     return PreferenceBatch(
-        chosen_ids=chosen_ids, chosen_mask=chosen_mask, rejected_ids=rejected_ids, rejected_mask=rejected_mask
+        chosen_ids=chosen_ids,
+        chosen_mask=chosen_mask,
+        chosen_targets=chosen_mask & is_response,
+        rejected_ids=rejected_ids,
+        rejected_mask=rejected_mask,
+        rejected_targets=rejected_mask & is_response,
     )

@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rlhf.config.errors import ConfigError
 from rlhf.config.schema import DataConfig
-from rlhf.data.conversation import Conversation
-from rlhf.data.split import STAGES, Part, part_of, uniform
+from rlhf.data.conversation import Conversation, Message
+from rlhf.data.split import STAGES, Part, canonical, part_of, uniform
 from rlhf.models.tokenizer import encode_prompts, encode_responses, encode_texts
 
 Row = dict[str, Any]
-# What is remembered of every row while the parts are put in order: 35 bytes.
+# What is remembered of every row while the parts are put in order: 40 bytes.
 META = np.dtype(
     [
         ("source", "i2"),
@@ -24,11 +25,13 @@ META = np.dtype(
         ("pair", "?"),
         ("free", "?"),
         ("digest", "u8"),
+        ("identity", "u8"),
         ("choose", "f8"),
         ("order", "f8"),
     ]
 )
 LEFT_OUT = "beyond the source's fraction"
+BAD_ROW = "bad row"
 _UNSUITABLE = ("sft: no answer", "rm: no rejected answer")
 
 
@@ -46,7 +49,9 @@ class Encoded:
     def note(self, kind: str, conversation: Conversation, part: Part, detail: str = "") -> None:
         """List a row among the problems."""
         entry = {"problem": kind, "part": part.label, "source": conversation.source, "where": conversation.where}
-        self.problems.append({**entry, "prompt": conversation.prompt_text[:2000], "detail": detail})
+        # Of the many that a fraction leaves out, where they are is enough.
+        prompt = {} if kind == LEFT_OUT else {"prompt": conversation.prompt_text[:2000]}
+        self.problems.append({**entry, **prompt, "detail": detail})
 
     def meta_array(self, label: str) -> NDArray[Any]:
         """What is remembered of a part's rows, [rows] of META."""
@@ -55,8 +60,11 @@ class Encoded:
 
 def prompt_digest(conversation: Conversation) -> int:
     """64 bits that stand for a prompt, or for a plain text."""
-    turns: Any = [(message.role, message.content) for message in conversation.messages] or conversation.chosen
-    return int.from_bytes(hashlib.blake2b(json.dumps(turns).encode(), digest_size=8).digest(), "big")
+    return _digest(canonical(conversation.messages) or conversation.chosen)
+
+
+def _digest(value: Any) -> int:
+    return int.from_bytes(hashlib.blake2b(json.dumps(value).encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(slots=True)
@@ -76,6 +84,7 @@ class Encoder:
             part = part_of(conversation, self.data.split, stages=source.stages)
             if source.fraction < 1.0 and not self._is_picked(conversation, source.fraction):
                 found.dropped[conversation.source, LEFT_OUT] += 1
+                found.note(LEFT_OUT, conversation, part)
             elif part.stage == "ptx":
                 self._add_text(found, part, conversation)
             else:
@@ -90,22 +99,44 @@ class Encoder:
         """A plain text in pieces of at most the longest sequence; the last one ends with EOS."""
         (ids,) = encode_texts(self.tokenizer, [conversation.chosen or ""])
         longest = self.data.max_prompt_length + self.data.max_response_length
-        for start in range(0, len(ids), longest):
-            piece = {"prompt_ids": [], "chosen_ids": ids[start : start + longest], "chosen_text": conversation.chosen}
-            self._append(found, part, conversation, {**self._blank(conversation), **piece})
+        blank, pieces = self._blank(conversation), range(0, len(ids), longest)
+        for number, start in enumerate(pieces, start=1):
+            own = ids[start : start + longest]
+            where = f"{conversation.where}, piece {number}" if len(pieces) > 1 else conversation.where
+            text = self.tokenizer.decode(own, skip_special_tokens=True)
+            piece = {"prompt_ids": [], "chosen_ids": own, "chosen_text": text, "where": where}
+            self._append(found, part, conversation, {**blank, **piece})
 
     def _add_turns(self, found: Encoded, items: Sequence[tuple[Part, Conversation]]) -> None:
-        unique = list({conversation.messages: None for _, conversation in items})
-        prompts = dict(zip(unique, encode_prompts(self.tokenizer, unique), strict=True))
+        prompts = self._prompts(list({conversation.messages: None for _, conversation in items}))
         texts = list({t.strip(): None for _, c in items for t in (c.chosen, c.rejected) if t is not None})
         answers = dict(zip(texts, encode_responses(self.tokenizer, texts), strict=True))
         for part, conversation in items:
             prompt_ids = prompts[conversation.messages]
+            if isinstance(prompt_ids, str):
+                found.dropped[conversation.source, BAD_ROW] += 1
+                found.note(BAD_ROW, conversation, part, prompt_ids)
+                continue
             if len(prompt_ids) > self.data.max_prompt_length:
                 found.dropped[conversation.source, "prompt too long"] += 1
                 found.note("prompt too long", conversation, part, f"{len(prompt_ids)} tokens")
                 continue
             self._add_row(found, part, conversation, prompt_ids, answers)
+
+    def _prompts(self, unique: list[tuple[Message, ...]]) -> dict[tuple[Message, ...], list[int] | str]:
+        """Each prompt's ids, or why the chat template makes nothing of it."""
+        try:
+            return dict(zip(unique, encode_prompts(self.tokenizer, unique), strict=True))
+        except ConfigError:
+            found: dict[tuple[Message, ...], list[int] | str] = {}
+            for messages in unique:
+                try:
+                    (found[messages],) = encode_prompts(self.tokenizer, [messages])
+                except ConfigError as error:
+                    found[messages] = str(error)
+            if all(isinstance(ids, str) for ids in found.values()):
+                raise  # It is the template that is wrong.
+            return found
 
     def _add_row(
         self,
@@ -135,7 +166,7 @@ class Encoder:
             "where": conversation.where,
             "prompt_text": conversation.prompt_text,
             "messages": [asdict(message) for message in conversation.messages],
-            "extra": json.dumps(conversation.extra, ensure_ascii=False, default=str) if conversation.extra else None,
+            "extra": json.dumps(conversation.extra, default=str) if conversation.extra else None,
             "chosen_truncated": False,
             **_no_rejected(),
         }
@@ -196,6 +227,8 @@ class Encoder:
             row["rejected_ids"] is not None,
             not source.stages,
             prompt_digest(conversation),
+            # Without its source: what two sources have in common is learnt once.
+            _digest([canonical(conversation.messages), row["chosen_text"], row["rejected_text"]]),
             _hash_of_row("choose", row),
             _hash_of_row("order", row),
         )

@@ -48,13 +48,13 @@ class Example:
     pieces: tuple[tuple[str, bool], ...]
 
 
-def part_facts(prepared: PreparedData, sources: Sequence[str]) -> Iterator[PartFacts]:
+def part_facts(prepared: PreparedData) -> Iterator[PartFacts]:
     """The facts of every part that has rows, by source."""
     for part in ALL_PARTS:
         if not prepared.has_part(part.stage, part.held_out):
             continue
         rows, meta = prepared.part(part.stage, part.held_out), prepared.meta(part.stage, part.held_out)
-        for number, source in enumerate(sources):
+        for number, source in enumerate(prepared.counts["sources"]):
             mine = np.flatnonzero(meta["source"] == number)
             if len(mine):
                 yield _facts(rows, mine, meta[mine], part, source)
@@ -77,7 +77,7 @@ def _facts(rows: Any, mine: NDArray[np.int64], meta: NDArray[Any], part: Part, s
         response_tokens=_quantiles(answers),
         truncated=cut / max(1, len(answers)),
         loss_share=int(chosen.sum()) / total if part.stage in ("sft", "ptx") and total else None,
-        duplicates=len(meta) - len(np.unique(meta["order"])),
+        duplicates=len(meta) - len(np.unique(meta["identity"])),
         longer_chosen=float((chosen > rejected)[differ].mean()) if differ.any() else None,
         languages=language_shares(texts),
     )

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,8 @@ def _fingerprint(data: DataConfig, tokenizer_dir: Path) -> str:
     limits = [data.max_prompt_length, data.max_response_length, data.on_long_prompt.name, data.sft_on_rejected]
     here = Path(__file__).parent
     code = [(here / name).read_text(encoding="utf-8") for name in ("prepare.py", "build.py", "encode.py", "mix.py")]
+    code += [(here.parent / "models" / "tokenizer.py").read_text(encoding="utf-8")]
+    code += [metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
     tokenizer = tokenizer_digest(load_tokenizer(tokenizer_dir))
     return _hash(code, content_fingerprint(data), weights, data.exhausted.name, limits, tokenizer)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rlhf.config.explain import did_you_mean
 from rlhf.config.schema import DataConfig, SourceConfig
-from rlhf.data.formats import format_names
+from rlhf.data.formats import format_module, format_names
 from rlhf.data.sources import source_kinds
 from rlhf.data.split import STAGES
 
@@ -29,6 +29,11 @@ def _source(source: SourceConfig, key: str) -> Iterator[str]:
         yield f"{key}.kind={source.kind}: there is no such kind of source{did_you_mean(source.kind, source_kinds())}"
     if source.format not in format_names():
         yield f"{key}.format={source.format}: there is no such format{did_you_mean(source.format, format_names())}"
+    elif source.kind != "film_reviews":
+        known = format_module(source.format, key=f"{key}.format").COLUMNS
+        for column in source.columns:
+            if column not in known:
+                yield f"{key}.columns: format={source.format} reads no column {column}{did_you_mean(column, known)}"
     for stage in source.stages:
         if stage not in STAGES:
             yield f"{key}.stages={source.stages}: there is no stage {stage}{did_you_mean(stage, STAGES)}"
@@ -48,8 +53,8 @@ def _source(source: SourceConfig, key: str) -> Iterator[str]:
 def _file(source: SourceConfig, key: str) -> Iterator[str]:
     if not source.path:
         yield f"{key}.path is not set: give a file or a directory, as in  {key}.path=FILE.jsonl"
-    elif not Path(source.path).exists():
-        folder = Path(source.path).parent
+    elif not Path(source.path).expanduser().exists():
+        folder = Path(source.path).expanduser().parent
         names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
         hint = did_you_mean(Path(source.path).name, names)
         yield f"{key}.path={source.path}: there is no such file{hint if 'did you mean' in hint else ''}"

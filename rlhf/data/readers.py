@@ -19,6 +19,8 @@ from rlhf.data.conversation import Refused
 Rows = Iterator[tuple[str, Any] | Refused]
 LONGEST_LINE = 64 * 1024**2
 _BATCH = 1000
+_PIECE = 1024**2
+_NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
 def suffixes() -> list[str]:
@@ -27,13 +29,17 @@ def suffixes() -> list[str]:
 
 
 def can_read(path: Path) -> bool:
-    """Whether a file's name has one of the endings; files whose names begin with a dot are left alone."""
-    return not path.name.startswith((".", "_")) and path.name.endswith(tuple(suffixes()))
+    """Whether a file's name has one of the endings, in capitals or not.
+
+    Files whose names begin with a dot, and what `datasets` writes beside the rows of a saved set, are left alone.
+    """
+    name = path.name.lower()
+    return not name.startswith(".") and name not in _NO_ROWS and name.endswith(tuple(suffixes()))
 
 
 def read_rows(path: Path, *, source: str) -> Rows:
     """The rows of a file by its ending."""
-    name = path.name.removesuffix(".gz")
+    name = path.name.lower().removesuffix(".gz")
     reader = next(read for suffix, read in {**_TEXT, **_BINARY}.items() if name.endswith(suffix))
     try:
         yield from reader(path, source)
@@ -43,7 +49,7 @@ def read_rows(path: Path, *, source: str) -> Rows:
 
 
 def _open(path: Path) -> IO[bytes]:
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")  # type: ignore[return-value]
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb")  # type: ignore[return-value]
 
 
 def _parsed(text: bytes) -> Any:
@@ -75,22 +81,66 @@ def _json_lines(path: Path, source: str) -> Rows:
                     yield Refused(source=source, where=where, reason=str(error))
 
 
-def _json_array(path: Path, source: str) -> Rows:
+def _json(path: Path, source: str) -> Rows:
+    """A JSON array of rows, one in memory at a time; or what is called so but has one object in each line."""
     with _open(path) as file:
-        content = file.read()
+        first = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1]
+    if first == b"{":
+        yield from _json_lines(path, source)
+        return
+    if first != b"[":
+        raise DataError(f"{path}: must hold a JSON array of rows, or one object in each line")
     try:
-        parsed = _parsed(content.removeprefix(b"\xef\xbb\xbf"))
+        with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", newline="") as file:
+            for number, row in enumerate(_elements(file), start=1):
+                yield f"{path}: row {number}", row
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not valid UTF-8 ({error.reason} at byte {error.start} of a piece)") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: nested too deeply") from error
     except ValueError as error:
-        raise DataError(f"{path}: {error}") from error
-    if not isinstance(parsed, list):
-        raise DataError(f"{path}: must hold a JSON array of rows, not {type(parsed).__name__}")
-    yield from ((f"{path}: row {number}", row) for number, row in enumerate(parsed, start=1))
+        raise DataError(f"{path}: not valid JSON ({error})") from error
+
+
+def _elements(file: IO[str]) -> Iterator[Any]:
+    """The elements of a JSON array, decoded as they come; raises ValueError with the reason."""
+    decoder, text, number = json.JSONDecoder(), file.read(_PIECE).lstrip()[1:], 0
+    while True:
+        text = text.lstrip()
+        more = ""
+        try:
+            if text[:1] == "]":
+                break
+            if number and text[:1] != "," and text:
+                raise ValueError(f"no comma after row {number}")
+            start = len(text) - len(text[1:].lstrip()) if number else 0
+            element, end = decoder.raw_decode(text, start)
+            # A number at the very end may go on in the next piece.
+            complete = end < len(text)
+        except json.JSONDecodeError as error:
+            complete, reason = False, f"row {number + 1}: {error.msg}"
+        else:
+            reason = f"row {number + 1} is the last, and there is no ] behind it"
+        if complete:
+            yield element
+            text, number = text[end:], number + 1
+            continue
+        more = file.read(max(_PIECE, len(text)))
+        if not more:
+            raise ValueError(reason)
+        if len(text) > LONGEST_LINE:
+            raise ValueError(f"row {number + 1} is longer than {LONGEST_LINE // 1024**2} MiB, or {reason}")
+        text += more
+    while rest := text[1:] or file.read(_PIECE):
+        if rest.strip():
+            raise ValueError("there is more behind the array")
+        text = ""
 
 
 def _csv(path: Path, source: str) -> Rows:
     csv.field_size_limit(LONGEST_LINE)
     with _open(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", "surrogateescape", newline="") as file:
-        reader = csv.reader(file)
+        reader = csv.reader(file, strict=True)
         try:
             header = next(reader, [])
         except csv.Error as error:
@@ -99,9 +149,13 @@ def _csv(path: Path, source: str) -> Rows:
             twice = next(name for name in header if header.count(name) > 1)
             raise DataError(f"{path}:1: the column {twice!r} occurs twice in the header")
         while True:
+            started = reader.line_num + 1
             try:
                 cells = next(reader, None)
             except csv.Error as error:
+                if "end of data" in str(error):
+                    # Whatever follows the quote is one cell: the rows in it are lost.
+                    raise DataError(f"{path}:{started}: a quote in this row is never closed") from error
                 yield Refused(source=source, where=f"{path}:{reader.line_num}", reason=f"not valid CSV ({error})")
                 continue
             where = f"{path}:{reader.line_num}"
@@ -123,7 +177,7 @@ def _parquet(path: Path, source: str) -> Rows:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _batches(path, source, file.iter_batches(batch_size=_BATCH))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid Parquet ({_first_line(error)})") from error
 
 
@@ -131,7 +185,8 @@ def _arrow(path: Path, source: str) -> Rows:
     import pyarrow
 
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        # Not memory-mapped: a file that shrinks meanwhile would end the process.
+        with pyarrow.OSFile(str(path)) as file:
             reader: Any
             try:
                 reader = pyarrow.ipc.open_stream(file)
@@ -139,13 +194,14 @@ def _arrow(path: Path, source: str) -> Rows:
                 whole = pyarrow.ipc.open_file(file)
                 reader = (whole.get_batch(index) for index in range(whole.num_record_batches))
             yield from _batches(path, source, reader)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise DataError(f"{path}: not valid Arrow ({_first_line(error)})") from error
 
 
 def _batches(path: Path, source: str, batches: Any) -> Rows:
     number = 0
     for batch in batches:
+        _check_buffers(batch)
         for index in range(batch.num_rows):
             number += 1
             where = f"{path}: row {number}"
@@ -154,12 +210,35 @@ def _batches(path: Path, source: str, batches: Any) -> Rows:
             except UnicodeDecodeError as error:
                 yield Refused(source=source, where=where, reason=f"not valid UTF-8 ({error.reason})")
                 continue
+            except (ValueError, OverflowError) as error:
+                yield Refused(source=source, where=where, reason=f"a value that Python does not have ({error})")
+                continue
             yield where, row
+
+
+def _check_buffers(batch: Any) -> None:
+    """Raise ArrowInvalid where offsets point outside their buffers: reading such rows would end the process.
+
+    A column of texts may hold what is not UTF-8: that is found row by row.
+    """
+    import pyarrow
+
+    try:
+        batch.validate(full=True)
+    except pyarrow.ArrowInvalid as error:
+        if "UTF8" not in str(error):
+            raise
+        for column in batch.columns:
+            if pyarrow.types.is_string(column.type):
+                column = column.view(pyarrow.binary())
+            elif pyarrow.types.is_large_string(column.type):
+                column = column.view(pyarrow.large_binary())
+            column.validate(full=True)
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-_TEXT: dict[str, Callable[[Path, str], Rows]] = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv}
+_TEXT: dict[str, Callable[[Path, str], Rows]] = {".jsonl": _json_lines, ".json": _json, ".csv": _csv}
 _BINARY: dict[str, Callable[[Path, str], Rows]] = {".parquet": _parquet, ".arrow": _arrow}

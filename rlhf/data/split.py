@@ -7,6 +7,7 @@ of every stage's evaluation.
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -39,12 +40,17 @@ def uniform(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
+def canonical(messages: Sequence[Message]) -> list[tuple[str, str]]:
+    """Turns as they are compared: white space around them, which templates strip, and Unicode's forms do not count."""
+    return [(message.role, unicodedata.normalize("NFC", message.content.strip())) for message in messages]
+
+
 def assign(messages: tuple[Message, ...], split: SplitConfig, *, stages: Sequence[str] = ()) -> Part:
     """The part of a prompt: stages in proportion to split.sft, .rm and .ppo, and split.held_out of each held out.
 
     `stages` limits the choice: a prompt that would be in another stage is put into one of them.
     """
-    prompt = json.dumps([(message.role, message.content) for message in messages])
+    prompt = json.dumps(canonical(messages))
     held_out = uniform(f"held out {split.seed} {prompt}") < split.held_out
     shares = {stage: float(getattr(split, stage)) for stage in STAGES}
     stage = _drawn(f"stage {split.seed} {prompt}", shares)

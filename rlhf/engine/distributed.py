@@ -68,6 +68,13 @@ def all_reduce_max(values: Tensor) -> Tensor:
     return largest
 
 
+def all_gather_flat(values: Tensor) -> Tensor:
+    """The flattened tensors of all ranks, which must be of one size, one behind the other."""
+    gathered = torch.empty(world_size() * values.numel(), dtype=values.dtype, device=values.device)
+    dist.all_gather_into_tensor(gathered, values.contiguous().view(-1))
+    return gathered
+
+
 def gather_objects(value: Any) -> list[Any]:
     """Each rank's value, in the order of the ranks, on every rank."""
     gathered: list[Any] = [None] * world_size()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,60 +14,75 @@ MicroBatch = TypeVar("MicroBatch")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StepResult:
-    """What came of an optimizer step on this rank."""
+class Objective(Generic[MicroBatch]):
+    """One term of an optimizer step: a summed loss over micro-batches, its number of targets, and its weight.
 
-    loss_sum: Tensor
+    `loss_sum` gives the summed loss of a micro-batch, a scalar with gradient; `num_targets` is the number of tokens (or
+    pairs) that the sums of all ranks are over.
+    """
+
+    micro_batches: Sequence[MicroBatch]
+    loss_sum: Callable[[MicroBatch], Tensor]
+    num_targets: float
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepResult:
+    """What came of an optimizer step on this rank: each objective's loss sum, and what DeepSpeed did."""
+
+    loss_sums: tuple[Tensor, ...]
     grad_norm: float
     learning_rate: float
     applied: bool
+    loss_scale: float | None
+
+    @property
+    def loss_sum(self) -> Tensor:
+        """The first objective's."""
+        return self.loss_sums[0]
 
 
-def optimizer_step(
-    engine: Any,
-    micro_batches: Sequence[MicroBatch],
-    loss_sum: Callable[[MicroBatch], Tensor],
-    *,
-    num_targets: float,
-) -> StepResult:
-    """Accumulate the gradients of a summed loss over the micro-batches and step once.
+def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
+    """Accumulate the gradients of all objectives over their micro-batches and step once.
 
-    The gradient of the step is d(sum of all ranks' and micro-batches' losses)/d(weights) / num_targets, however the
-    batch is cut: each micro-batch's sum is scaled by world_size * accumulation_steps / num_targets, which undoes
-    DeepSpeed's mean over ranks and over accumulation steps.
+    The gradient of the step is the sum over the objectives of weight * d(sum of all ranks' and micro-batches'
+    losses)/d(weights) / num_targets, however the batches are cut: each micro-batch's sum is scaled by weight *
+    world_size * accumulation_steps / num_targets, which undoes DeepSpeed's mean over ranks and accumulation steps.
 
     Args:
         engine: a DeepSpeed engine with an optimizer.
-        micro_batches: as many as the engine accumulates; the same number on every rank.
-        loss_sum: the summed loss of a micro-batch, a scalar with gradient.
-        num_targets: global number of tokens (or pairs) that the losses sum over.
+        objectives: together they have as many micro-batches as the engine accumulates, on every rank.
 
     Returns:
-        This rank's loss sum (on the device), the global gradient norm before clipping, the learning rate used, and
-        whether the step was applied (DeepSpeed skips steps with non-finite gradients).
+        This rank's loss sums (on the device), the global gradient norm before clipping, the learning rate used, whether
+        the step was applied (DeepSpeed skips steps with non-finite gradients), and fp16's loss scale.
     """
     accumulation_steps = engine.gradient_accumulation_steps()
-    assert len(micro_batches) == accumulation_steps, "the micro-batches must fill exactly one optimizer step"
-    scale = world_size() * accumulation_steps / max(num_targets, 1.0)
+    parts = [(index, part) for index, objective in enumerate(objectives) for part in objective.micro_batches]
+    assert len(parts) == accumulation_steps, "the micro-batches must fill exactly one optimizer step"
     learning_rate = float(engine.get_lr()[0])
-    total = torch.zeros((), device=engine.device)
+    totals = [torch.zeros((), device=engine.device) for _ in objectives]
     own_norm: float | None = None
-    for index, micro_batch in enumerate(micro_batches):
-        loss = loss_sum(micro_batch)
+    for number, (index, part) in enumerate(parts):
+        objective = objectives[index]
+        scale = objective.weight * world_size() * accumulation_steps / max(objective.num_targets, 1.0)
+        loss = objective.loss_sum(part)
         engine.backward(loss * scale)
-        if index == accumulation_steps - 1 and _steps_unguarded(engine):
+        if number == accumulation_steps - 1 and _steps_unguarded(engine):
             own_norm = _own_norm(engine)
         if own_norm is None or math.isfinite(own_norm):
             engine.step()
         else:
             _skip(engine)
-        total = total + loss.detach().float()
+        totals[index] = totals[index] + loss.detach().float()
     norm = engine.get_global_grad_norm() if own_norm is None else own_norm
     return StepResult(
-        loss_sum=total,
+        loss_sums=tuple(totals),
         grad_norm=float(norm) if norm is not None else math.nan,
         learning_rate=learning_rate,
         applied=(own_norm is None or math.isfinite(own_norm)) and bool(engine.was_step_applied()),
+        loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
     )
 
 

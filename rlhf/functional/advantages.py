@@ -1,4 +1,7 @@
-"""Advantage estimation."""
+"""Advantage estimation: with a critic, against the other answers to the same prompt, or from the reward alone.
+
+Groups are `group_size` consecutive rows, the answers to one prompt. Every result is 0 outside the mask.
+"""
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,3 +32,45 @@ def gae(
         next_value = values[:, t]
         advantages[:, t] = next_advantage
     return advantages, advantages + values
+
+
+def group_normalized(
+    rewards: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, group_size: int, eps: float = 1e-6
+) -> Float[Tensor, "B R"]:
+    """GRPO's advantages: each token has its answer's `(R - mean_group(R)) / (std_group(R) + eps)`, R = sum of rewards.
+
+    Shao et al. 2024 (DeepSeekMath, 2402.03300), section 4.1.2; the standard deviation divides by group_size - 1.
+    A group with equal rewards has advantage 0. Raises ValueError if the rows are not whole groups of at least two.
+    """
+    totals = _group_totals(rewards, mask, group_size=group_size)
+    normalized = (totals - totals.mean(dim=1, keepdim=True)) / (totals.std(dim=1, keepdim=True) + eps)
+    return torch.where(mask, normalized.reshape(-1, 1), 0.0)
+
+
+def leave_one_out(rewards: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, group_size: int) -> Float[Tensor, "B R"]:
+    """RLOO's advantages: each token has `R_i - mean_{j != i} R_j`, R = sum of an answer's rewards, j in its group.
+
+    Ahmadian et al. 2024 (2402.14740), equation 7. Raises ValueError if the rows are not whole groups of at least two.
+    """
+    totals = _group_totals(rewards, mask, group_size=group_size)
+    advantages = (totals - totals.mean(dim=1, keepdim=True)) * (group_size / (group_size - 1))
+    return torch.where(mask, advantages.reshape(-1, 1), 0.0)
+
+
+def rewards_to_go(rewards: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, gamma: float) -> Float[Tensor, "B R"]:
+    """REINFORCE's return of each token: `G_t = r_t + gamma G_{t+1}` within the response.
+
+    With the KL penalty in r and whitened over all ranks it is REINFORCE++ (Hu et al. 2025, 2501.03262, section 3).
+    """
+    returns = torch.zeros_like(rewards)
+    following = torch.zeros_like(rewards[:, 0])
+    for t in reversed(range(rewards.shape[1])):
+        following = torch.where(mask[:, t], rewards[:, t] + gamma * following, 0.0)
+        returns[:, t] = following
+    return returns
+
+
+def _group_totals(rewards: Tensor, mask: Tensor, *, group_size: int) -> Tensor:
+    if group_size < 2 or len(rewards) % group_size:
+        raise ValueError(f"group_size={group_size}: {len(rewards)} responses are not whole groups of at least two")
+    return torch.where(mask, rewards, 0.0).sum(dim=1).view(-1, group_size)

@@ -41,6 +41,16 @@ class PreferenceLossStats:
     margin: Float[Tensor, ""]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DpoStats:
+    """Detached sums over pairs of one `dpo_loss`: pairs ranked rightly, beta times their margin, both log-ratios."""
+
+    correct: Float[Tensor, ""]
+    margin: Float[Tensor, ""]
+    chosen: Float[Tensor, ""]
+    rejected: Float[Tensor, ""]
+
+
 def policy_loss(
     logprobs: Float[Tensor, "B R"],
     old_logprobs: Float[Tensor, "B R"],
@@ -119,6 +129,44 @@ def preference_loss(
     centred = centering_coef * (chosen + rejected).square()
     stats = PreferenceLossStats(correct=(difference > 0).sum().float(), margin=difference.detach().sum())
     return (ranked + centred).sum(), stats
+
+
+def dpo_loss(
+    log_ratios: Float[Tensor, "N T"],
+    mask: Bool[Tensor, "N T"],
+    *,
+    beta: float,
+    label_smoothing: float = 0.0,
+    kind: str = "sigmoid",
+) -> tuple[Float[Tensor, ""], DpoStats]:
+    """Loss of direct preference optimisation, summed over N / 2 pairs, in fp32.
+
+    The first half of the rows are chosen answers, the second half their rejected ones; `log_ratios` is `log pi -
+    log pi_ref` of each token, `mask` says which are the answer's. With h = chosen - rejected, each summed over its
+    tokens: sigmoid is `-(1 - eps) log sigmoid(beta h) - eps log sigmoid(-beta h)` (Rafailov et al. 2023, equation 7;
+    eps = `label_smoothing`: Mitchell 2023). ipo is `(h - 1 / (2 beta))^2` with means over the tokens instead of sums
+    (Azar et al. 2023, equation 17, as its authors corrected it for answers of different lengths). Raises ValueError for
+    another kind.
+    """
+    totals = torch.where(mask, log_ratios.float(), 0.0).sum(dim=1)
+    if kind == "ipo":
+        totals = totals / mask.sum(dim=1).clamp(min=1)
+    chosen, rejected = totals.chunk(2)
+    difference = chosen - rejected
+    if kind == "sigmoid":
+        losses = -(1 - label_smoothing) * F.logsigmoid(beta * difference)
+        losses = losses - label_smoothing * F.logsigmoid(-beta * difference)
+    elif kind == "ipo":
+        losses = (difference - 1 / (2 * beta)).square()
+    else:
+        raise ValueError(f"kind={kind}: there are sigmoid and ipo")
+    stats = DpoStats(
+        correct=(difference > 0).sum().float(),
+        margin=beta * difference.detach().sum(),
+        chosen=chosen.detach().sum(),
+        rejected=rejected.detach().sum(),
+    )
+    return losses.sum(), stats
 
 
 def sft_loss(logprobs: Float[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> Float[Tensor, ""]:

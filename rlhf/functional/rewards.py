@@ -1,7 +1,7 @@
 """From the score of a response to the reward of each of its tokens."""
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.functional.kl import kl_k1
@@ -35,14 +35,28 @@ def adjust_scores(
     std: float,
     clip: float | None,
     missing_eos_penalty: float,
+    scale: float = 1.0,
 ) -> Float[Tensor, " B"]:
-    """Normalise, clip, then punish: `clamp((score - mean) / std, ±clip) - missing_eos_penalty * [not ended]`.
+    """Normalise, clip, scale, punish: `scale clamp((score - mean) / std, ±clip) - missing_eos_penalty [not ended]`.
 
-    The penalty is in standard deviations and comes after clipping, so that no score can hide it. `clip=None` does not
-    clip. Raises ValueError if `std` is not positive.
+    The penalty comes after clipping, so that no score can hide it. `clip=None` does not clip. Raises ValueError if
+    `std` is not positive.
     """
     if std <= 0:
         raise ValueError(f"std={std}: the standard deviation of the reference scores must be positive")
     normalized = (scores - mean) / std
-    clipped = normalized if clip is None else normalized.clamp(-clip, clip)
+    clipped = scale * (normalized if clip is None else normalized.clamp(-clip, clip))
     return torch.where(ended, clipped, clipped - missing_eos_penalty)
+
+
+def repeated_share(ids: Int[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, ngram: int) -> Float[Tensor, " B"]:
+    """The share of each response's n-grams that occurred before in it: 0 if none did or it has fewer than `ngram` ids.
+
+    1 - distinct / all: "seq-rep-n" of Welleck et al. 2019 (1908.04319), section 6.1.
+    """
+    shares = []
+    for row, kept in zip(ids.tolist(), mask.tolist(), strict=True):
+        tokens = [token for token, real in zip(row, kept, strict=True) if real]
+        grams = [tuple(tokens[start : start + ngram]) for start in range(len(tokens) - ngram + 1)]
+        shares.append(1.0 - len(set(grams)) / len(grams) if grams else 0.0)
+    return torch.tensor(shares, dtype=torch.float32, device=ids.device)

@@ -156,6 +156,11 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
         data=replace(config.data, sources=sources),
         hardware=hardware,
         launcher=_launcher(config.launcher, hardware),
+        scorer=replace(
+            config.scorer,
+            others=[str(_absolute(path)) for path in config.scorer.others],
+            function=_absolute_reference(config.scorer.function),
+        ),
         memory=_precision(config.memory, hardware),
         run_dir=_absolute(config.run_dir),
         cache_dir=_absolute(config.cache_dir),
@@ -197,7 +202,7 @@ def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConf
     Only for a number of ranks that nobody asked for: three GPUs train a batch of 64 on two. Batches that are no
     multiple of their micro-batch are left as they are, for the user to mend.
     """
-    roles = [role for inner in substages(stage) for role in inner.roles()]
+    roles = [role for inner in substages(stage) for role in inner.roles() if role.optimizer is not None]
     if any(role.batch_size % (role.micro_batch_size_per_gpu or 1) for role in roles):
         return hardware, stage
     batches = [role.batch_size for role in roles]
@@ -219,7 +224,7 @@ def _with_micro_batches(
                 value, ranks, adjustable=adjustable, prefix=f"{prefix}.{entry.name}"
             )
         elif entry.name == "micro_batch_size_per_gpu":
-            share = math.gcd(*(role.batch_size // ranks for role in stage.roles()))
+            share = math.gcd(*(role.batch_size // ranks for role in stage.roles() if role.optimizer is not None))
             if value == 0:
                 changed[entry.name] = max((n for n in range(1, MICRO_BATCH + 1) if share % n == 0), default=1)
             elif adjustable is None or f"{prefix}.{entry.name}" in adjustable:
@@ -297,4 +302,12 @@ def _absolute_models(stage: StageConfig) -> StageConfig:
             changed[entry.name] = _absolute_models(value)
         elif entry.name.endswith("_model") and isinstance(value, str):
             changed[entry.name] = _absolute(value)
+        elif entry.name == "advantage":
+            changed[entry.name] = _absolute_reference(value)
     return replace(stage, **changed)
+
+
+def _absolute_reference(reference: str | None) -> str | None:
+    """FILE.py:NAME with the file's whole path; MODULE:NAME as it is."""
+    path, separator, name = (reference or "").rpartition(":")
+    return f"{_absolute(path)}{separator}{name}" if path.endswith(".py") else reference

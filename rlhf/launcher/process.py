@@ -224,7 +224,8 @@ def _failure(
     logs = f"logs: {run_dir / 'logs'}"
     signals = [(f"rank {dead.rank}", f"rank{dead.rank}", dead.signal) for dead in deaths if dead.signal not in _POLITE]
     signals += [(f"a rank on {machine}", "launcher", _signal_of(code)) for machine, code in lost]
-    if error is None:
+    if error is None or any(dead.signal is None and dead.code is None for dead in deaths):
+        # Its launcher may have taken note of a death before it could be seen here; then its own code tells the signal.
         who = f"rank {deaths[0].rank}" if len(deaths) == 1 else "a rank"
         signals.append((who, "launcher", _signal_of(launcher_code)))
     for who, log, signum in signals:

@@ -228,12 +228,18 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[lis
     turns = [[{"role": message.role, "content": message.content} for message in prompt] for prompt in prompts]
     texts = _rendered(tokenizer, turns)
     encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    special = re.compile("|".join(re.escape(token) for token in tokenizer.all_special_tokens if token) or "(?!)")
+    special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)) or "(?!)")
     for index, messages in enumerate(turns):
         contents = [message["content"] for message in messages]
         if any(special.search(content) for content in contents):
-            encoded[index] = _encode_around(tokenizer, texts[index], contents)
+            encoded[index] = _encode_around(tokenizer, texts[index], _placed(tokenizer, messages, texts[index]))
     return encoded
+
+
+def _special_tokens(tokenizer: Any) -> list[str]:
+    """Every text that the tokenizer would turn into a control token, longest first."""
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
 
 
 def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
@@ -248,17 +254,39 @@ def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
     return texts
 
 
-def _encode_around(tokenizer: Any, text: str, contents: list[str]) -> list[int]:
+def _placed(tokenizer: Any, turns: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+    """Where in a rendered prompt its messages' contents are: [start, end).
+
+    The template is asked where it puts them by rendering other contents in their place. Where it does more with a
+    content than strip it, the whole prompt counts as content: no part of it becomes a control token.
+    """
+    marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
+    marked = [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
+    pattern = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    spans, position = [], 0
+    for number, fixed in enumerate(re.split("\ue000[0-9]+\ue001", pattern)):
+        if number:
+            content = turns[number - 1]["content"]
+            used = next((c for c in (content, content.strip()) if text.startswith(c + fixed, position)), None)
+            if used is None:
+                return [(0, len(text))]
+            spans.append((position, position + len(used)))
+            position += len(used)
+        elif not text.startswith(fixed):
+            return [(0, len(text))]
+        position += len(fixed)
+    return spans
+
+
+def _encode_around(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> list[int]:
     """Token ids of a rendered prompt in which special tokens that stand in a message's content are plain text."""
     ids: list[int] = []
-    for content in contents:
-        before, found, after = text.partition(content.strip())
-        if not found:
-            continue  # The template left this message out, or changed it.
-        ids += tokenizer(before, add_special_tokens=False)["input_ids"]
-        ids += tokenizer(found, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        text = after
-    return ids + list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    position = 0
+    for start, end in spans:
+        ids += tokenizer(text[position:start], add_special_tokens=False)["input_ids"]
+        ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        position = end
+    return ids + list(tokenizer(text[position:], add_special_tokens=False)["input_ids"])
 
 
 def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:

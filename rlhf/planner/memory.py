@@ -84,7 +84,7 @@ def role_model(config: Config, stage: StageConfig, role: Role) -> ModelConfig:
     """The configured model that a role has the sizes of: a directory that the stage names goes before the choice."""
     reward_model = config.reward_model if config.reward_model.name else config.model
     chosen = config.model if role.model_key == "model" else reward_model
-    directory = getattr(stage, role.directory_key, None) if role.directory_key else None
+    directory = getattr(stage, role.directory_key, None) if role.directory_key else role.path
     if isinstance(directory, str) and from_directory(Path(directory)) is not None:
         targets = chosen.lora_targets
         return ModelConfig(name=role.name, source=WeightSource.pretrained, path=directory, lora_targets=targets)
@@ -146,6 +146,8 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
     weights = width * parameters / (ranks if zero == 3 else 1)
     gradients = width * trainable / (ranks if zero >= 2 else 1)
     optimizer = optimizer_width * trainable / (ranks if zero >= 1 else 1)
+    if role.averaged:
+        optimizer += _FP32 * trainable / ranks
     host = weights if placed.offload_parameters else 0.0
     if placed.offload_optimizer:
         # The optimizer there has fp32 gradients of its own; ZeRO-3 keeps the others there, too.

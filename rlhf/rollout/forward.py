@@ -4,12 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from rlhf.batch import Rollout
+from rlhf.batch import PackedBatch, Rollout, SFTBatch
 from rlhf.functional.logprobs import entropy, token_logprobs
-from rlhf.functional.masking import last_true_index, position_ids
+from rlhf.functional.losses import sft_loss
+from rlhf.functional.masking import block_causal_bias, last_true_index, position_ids
 
 
 def response_logits(engine: Any, rollout: Rollout, *, vocab_limit: int) -> Float[Tensor, "B R V"]:
@@ -62,6 +63,37 @@ def sequence_scores(engine: Any, sequence_ids: Tensor, attention_mask: Tensor) -
         input_ids=sequence_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask)
     )
     return scalars.gather(1, last_true_index(attention_mask).unsqueeze(1)).squeeze(1)
+
+
+def next_token_loss(engine: Any, batch: SFTBatch | PackedBatch, *, vocab_limit: int) -> Float[Tensor, ""]:
+    """Summed next-token loss over the target tokens of a micro-batch, in nats."""
+    if isinstance(batch, PackedBatch):
+        mask: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
+        positions = batch.position_ids
+    else:
+        mask, positions = batch.attention_mask, position_ids(batch.attention_mask)
+    logits = engine(input_ids=batch.sequence_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
+    logprobs = token_logprobs(logits[:, :-1, :vocab_limit], batch.sequence_ids[:, 1:])
+    return sft_loss(logprobs, batch.loss_mask[:, 1:])
+
+
+def target_logprobs(
+    engine: Any,
+    sequence_ids: Int[Tensor, "B T"],
+    attention_mask: Bool[Tensor, "B T"],
+    targets: Bool[Tensor, "B T"],
+    *,
+    vocab_limit: int,
+) -> Float[Tensor, "B T-1"]:
+    """Log-probability of tokens 1 to T-1 of whole sequences, fp32; 0 where a token is no target."""
+    logits = engine(
+        input_ids=sequence_ids,
+        attention_mask=attention_mask,
+        position_ids=position_ids(attention_mask),
+        use_cache=False,
+    ).logits
+    following = sequence_ids[:, 1:].clamp(max=vocab_limit - 1)
+    return torch.where(targets[:, 1:], token_logprobs(logits[:, :-1, :vocab_limit], following), 0.0)
 
 
 @torch.no_grad()

@@ -12,14 +12,15 @@ from rlhf.batch import PromptBatch, Rollout
 from rlhf.config.errors import DataError
 from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
-from rlhf.functional.rewards import adjust_scores
 from rlhf.models.tokenizer import encode_prompts
 from rlhf.rollout.forward import in_micro_batches, sequence_scores
+from rlhf.rollout.scorers import ScoreFunction, checked_scores
+from rlhf.rollout.shaping import Scorer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelScorer:
-    """Scores of a reward model, normalised by the statistics stored with it, clipped, with a penalty for no EOS.
+    """A reward model's scores, less `mean` and divided by `std`.
 
     `reward_tokenizer` is the reward model's where it differs from the policy's `tokenizer`: the answers are then
     turned into text and encoded anew, through the reward model's own chat template.
@@ -28,32 +29,21 @@ class RewardModelScorer:
     engine: Any
     mean: float
     std: float
-    clip: float | None
-    missing_eos_penalty: float
     micro_batch_size: int
     tokenizer: PreTrainedTokenizerBase
     reward_tokenizer: PreTrainedTokenizerBase | None
 
-    def raw(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
-        """The reward model's own numbers for the responses to the prompts."""
+    def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
+        """The scores of the responses to the prompts."""
         if self.reward_tokenizer is not None:
-            return self._raw_of_text(prompts, rollout, self.reward_tokenizer)
-        return in_micro_batches(
-            lambda part: sequence_scores(self.engine, part.sequence_ids, part.attention_mask),
-            rollout,
-            micro_batch_size=self.micro_batch_size,
-        )
-
-    def __call__(self, prompts: PromptBatch, rollout: Rollout, ended: Bool[Tensor, " B"]) -> Float[Tensor, " B"]:
-        """The scores that PPO maximises."""
-        return adjust_scores(
-            self.raw(prompts, rollout),
-            ended,
-            mean=self.mean,
-            std=self.std,
-            clip=self.clip,
-            missing_eos_penalty=self.missing_eos_penalty,
-        )
+            raw = self._raw_of_text(prompts, rollout, self.reward_tokenizer)
+        else:
+            raw = in_micro_batches(
+                lambda part: sequence_scores(self.engine, part.sequence_ids, part.attention_mask),
+                rollout,
+                micro_batch_size=self.micro_batch_size,
+            )
+        return (raw - self.mean) / self.std
 
     @torch.no_grad()
     def _raw_of_text(
@@ -77,6 +67,50 @@ class RewardModelScorer:
             )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightedScorer:
+    """The weighted sum of several scorers: `sum_i weight_i score_i`."""
+
+    members: tuple[tuple[float, Scorer], ...]
+
+    def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
+        """The sum for each response."""
+        total = torch.zeros(len(rollout), device=rollout.sequence_ids.device)
+        for weight, scorer in self.members:
+            total = total + weight * scorer(prompts, rollout)
+        return total
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextScorer:
+    """A function of texts: `score(prompts, responses, **columns) -> list[float]`.
+
+    The prompt is given as a person reads it: its turns' contents, one per paragraph. A column that not all of the rows
+    have is None where it is missing.
+    """
+
+    function: ScoreFunction
+    name: str
+    tokenizer: PreTrainedTokenizerBase
+
+    def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
+        """One finite number for each response; DataError if the function gives anything else."""
+        check_records(prompts, why=f"{self.name} needs the prompts' text")
+        texts = ["\n\n".join(turn["content"] for turn in record["messages"]) for record in prompts.records]
+        kept = dict.fromkeys(
+            name for record in prompts.records for name in record if name not in ("messages", "source")
+        )
+        columns = {name: [record.get(name) for record in prompts.records] for name in kept}
+        scores = checked_scores(self.function, texts, response_texts(rollout, self.tokenizer), columns, name=self.name)
+        return torch.tensor(scores, dtype=torch.float32, device=rollout.sequence_ids.device)
+
+
+def check_records(prompts: PromptBatch, *, why: str) -> None:
+    """Raise ValueError if prompts come without the records that hold their text."""
+    if len(prompts.records) != len(prompts):
+        raise ValueError(f"PromptBatch.records is empty: {why}")
+
+
 def encode_anew(
     prompts: PromptBatch, responses: list[str], ended: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
@@ -85,8 +119,7 @@ def encode_anew(
     Raises:
         ValueError: the prompts come without the records that hold their text.
     """
-    if len(prompts.records) != len(prompts):
-        raise ValueError("PromptBatch.records is empty: a reward model with another tokenizer needs the prompts' text")
+    check_records(prompts, why="a reward model with another tokenizer needs the prompts' text")
     turns = [[Message(**message) for message in record["messages"]] for record in prompts.records]
     encoded = tokenizer(responses, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [

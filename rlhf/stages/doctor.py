@@ -42,7 +42,7 @@ def examine(config: Config, folder: Path, *, colored: bool) -> str:
     prepared = prepare(config)
     data = prepared.data
     tokenizer = load_tokenizer(prepared.tokenizer_dir)
-    facts = list(part_facts(data, list(config.data.sources)))
+    facts = list(part_facts(data))
     report = DataReport(
         name=config.data.name or "data",
         fingerprint=data.fingerprint,

@@ -1,7 +1,9 @@
 """What a stage's result depends on, as one hash. Imports no torch."""
 
 import hashlib
+import importlib.util
 import json
+import uuid
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -14,6 +16,8 @@ from rlhf.data.prepare import content_fingerprint
 from rlhf.launcher.command import PROJECT
 from rlhf.launcher.store import file_digest, tree_digests
 from rlhf.models.tokenizer import package_directory
+from rlhf.stages.best_of_n.config import BestOfNConfig
+from rlhf.stages.ppo.config import PPOConfig
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "peft")
 
@@ -33,8 +37,12 @@ def stage_key(config: Config) -> str:
     for name in config.stage.inputs():
         value = getattr(config, name)
         groups[name] = _model(value) if isinstance(value, ModelConfig) else to_plain(value)
+    if "scorer" in groups:
+        groups["scorer"] |= _scorer(config)
+    if isinstance(config.stage, PPOConfig):
+        stage["advantage"] = [stage["advantage"], _function(config.stage.advantage)]
     # The judge is asked by PPO alone.
-    judge = config.data.judge if config.stage.name == "ppo" else None
+    judge = config.data.judge if isinstance(config.stage, PPOConfig | BestOfNConfig) else None
     data = to_plain(replace(config.data, judge=judge, workers=None))
     sources = {name: to_plain(replace(source, path=None)) for name, source in config.data.sources.items()}
     hardware = config.hardware
@@ -60,6 +68,22 @@ def _weights(directory: str, revision: str | None = None) -> Any:
     found = try_to_load_from_cache(directory, "config.json", revision=revision)
     # …/snapshots/COMMIT/config.json
     return [directory, Path(found).parent.name if isinstance(found, str) else revision]
+
+
+def _scorer(config: Config) -> dict[str, Any]:
+    """Other reward models by their weights and a function by its file; what a server answers cannot be known."""
+    scorer = config.scorer
+    found: dict[str, Any] = {"others": [_weights(path) for path in scorer.others], "code": _function(scorer.function)}
+    return found | ({"unknown": uuid.uuid4().hex} if scorer.kind == "http" else {})
+
+
+def _function(reference: str | None) -> str | None:
+    """The hash of the file in which a function is, if it is a user's own."""
+    where, _, _ = (reference or "").rpartition(":")
+    if where and not where.endswith(".py"):
+        spec = importlib.util.find_spec(where)
+        where = spec.origin or "" if spec is not None else ""
+    return file_digest(Path(where)) if where and Path(where).is_file() else None
 
 
 def _model(model: ModelConfig) -> dict[str, Any]:

@@ -9,8 +9,10 @@ from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
 from rlhf.data.sources import source_module
-from rlhf.data.split import STAGES
+from rlhf.data.split import PTX, STAGES
 from rlhf.models.tokenizer import prepare_tokenizer
+from rlhf.stages.best_of_n.config import BestOfNConfig
+from rlhf.stages.dpo.config import DPOConfig
 from rlhf.stages.pipeline.config import PipelineConfig
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.rm.config import RMConfig
@@ -62,7 +64,10 @@ def _models(config: Config) -> tuple[ModelConfig, ModelConfig]:
     if isinstance(stage, RMConfig):
         model = _from_directory(stage.sft_model) if stage.sft_model else reward_model
         return model, model
-    if isinstance(stage, PPOConfig):
+    if isinstance(stage, DPOConfig):
+        model = _from_directory(stage.actor_model) if stage.actor_model else config.model
+        return model, model
+    if isinstance(stage, PPOConfig | BestOfNConfig):
         actor = _from_directory(stage.actor_model) if stage.actor_model else config.model
         return actor, _from_directory(stage.reward_model) if stage.reward_model else reward_model
     return config.model, reward_model
@@ -74,16 +79,22 @@ def _needs(stage: StageConfig) -> dict[str, int]:
         return _needs(stage.sft) | _needs(stage.rm) | _needs(stage.ppo)
     if isinstance(stage, SFTConfig):
         return {"sft": stage.batch_size}
-    if isinstance(stage, RMConfig):
+    if isinstance(stage, RMConfig | DPOConfig):
         return {"rm": stage.batch_size}
-    return {"ppo": stage.rollout_batch_size} if isinstance(stage, PPOConfig) else {}
+    if isinstance(stage, PPOConfig):
+        prompts = {"ppo": stage.rollout_batch_size // max(1, stage.group_size)}
+        return prompts | ({PTX: stage.ptx_batch_size} if stage.ptx_batch_size else {})
+    return {"ppo": 0} if isinstance(stage, BestOfNConfig) else {}
 
 
 def check_sizes(data: PreparedData, stage: StageConfig) -> None:
-    """Raise DataError where a stage's part has no rows, no loss tokens, or fewer rows than a batch."""
+    """Raise DataError where a part that a stage reads has no rows, or fewer than a batch."""
     for name, batch_size in _needs(stage).items():
-        data.part(name, held_out=True)
-        rows = len(data.part(name, held_out=False))
+        if name != PTX:
+            data.part(name, held_out=True)
+        elif not data.has_part(PTX, held_out=False):
+            name = "sft"  # Its answers are the pretraining mix of data without plain texts.
+        rows = len(data.part(name, held_out=False)) if batch_size else 0
         if rows < batch_size:
             raise DataError(
                 f"the training part of stage {name} has {rows} rows, fewer than one batch of {batch_size}: "
@@ -93,7 +104,7 @@ def check_sizes(data: PreparedData, stage: StageConfig) -> None:
 
 def _check_judge(config: Config) -> None:
     """Raise ConfigError if the judge that PPO will ask cannot be had."""
-    if config.data.judge is None or not isinstance(config.stage, PPOConfig | PipelineConfig):
+    if config.data.judge is None or not isinstance(config.stage, PPOConfig | BestOfNConfig | PipelineConfig):
         return
     module = source_module(config.data.judge, key="data.judge")
     if not hasattr(module, "judge_texts"):
@@ -133,7 +144,7 @@ def prepare(config: Config) -> Preflight:
     reward_tokenizer_dir = tokenizer_dir if reward_model == model else prepare(reward_model)
     data = prepare_data(config.data, tokenizer_dir=tokenizer_dir, cache_dir=cache_dir)
     if isinstance(config.stage, PipelineConfig) and reward_tokenizer_dir != tokenizer_dir:
-        prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir)
+        check_sizes(prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir), config.stage.rm)
     return Preflight(
         cache_dir=cache_dir, tokenizer_dir=tokenizer_dir, reward_tokenizer_dir=reward_tokenizer_dir, data=data
     )

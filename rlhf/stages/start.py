@@ -25,6 +25,7 @@ from rlhf.launcher.store import FOLDER, StageStore
 from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
+from rlhf.rollout.scorers import scorer_problems
 from rlhf.stages import stage_config_class
 from rlhf.stages.pipeline.steps import stage_runs
 from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
@@ -76,7 +77,7 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
 
     Model states that the hardware cannot hold are a problem if they `must_fit`.
     """
-    problems = [*find_problems(config), *source_problems(config.data)]
+    problems = [*find_problems(config), *source_problems(config.data), *scorer_problems(config.scorer)]
     if not problems:
         # These compute with the values, so that values that cannot be come first.
         problems += [*length_problems(config), *directory_problems(config, config.stage)]
@@ -242,6 +243,9 @@ def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
     print(f"report: {report}")
     if not finished:
         return
-    print(f"model:  {runs[-1].directory / 'model'}")
+    model = runs[-1].directory / "model"
+    if not model.is_dir():
+        return
+    print(f"model:  {model}")
     if runs[-1].name != "rm":
         print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")

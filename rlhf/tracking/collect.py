@@ -13,7 +13,14 @@ from rlhf.tracking.labels import format_change, format_value, full_label, label,
 from rlhf.tracking.recorder import format_seconds
 from rlhf.tracking.records import COMMAND, CONFIG, METRICS, SAMPLES, STAGES, SUMMARY, read_json, read_rows
 
-TITLES = {"sft": "Supervised fine-tuning", "rm": "Reward model", "ppo": "PPO", "pipeline": "Pipeline"}
+TITLES = {
+    "sft": "Supervised fine-tuning",
+    "rm": "Reward model",
+    "ppo": "PPO",
+    "reinforce_pp": "REINFORCE++",
+    "best_of_n": "Best of n",
+    "pipeline": "Pipeline",
+}
 _SAMPLE_COUNT = 10
 _KNOWN_FACTS = {"stage", "started", "seconds", "phases", "before", "after", "data", "versions", "git_commit"}
 

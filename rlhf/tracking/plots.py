@@ -90,7 +90,8 @@ def plot_stage(run_dir: Path, stage: str) -> Path | None:
     A stage without panels of its own gets one for each of its training and evaluation metrics.
     """
     rows = [row for row in read_rows(run_dir / METRICS) if row.get("stage") == stage]
-    panels = _PANELS.get(stage) or _panels_of(rows)
+    samples = any("rollout/score" in row for row in rows)
+    panels = _PANELS.get(stage) or (_PANELS["ppo"] if samples else _panels_of(rows))
     chosen = [panel for panel in panels if any(_series(rows, name)[0] for name in panel.names)]
     return _draw([(panel, stage, rows) for panel in chosen], run_dir / "plots" / f"{stage}.png")
 

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def test_facts_are_those_of_the_rows(tokenizer_dir: Path, tmp_path: Path) -> Non
     data = DataConfig(sources={"main": SourceConfig(path=str(path))}, max_response_length=40)
     done = prepared(data, tokenizer_dir, tmp_path)
     tokenizer = load_tokenizer(tokenizer_dir)
-    for fact in part_facts(done, ["main"]):
+    for fact in part_facts(done):
         stage, _, kind = fact.part.partition("_")
         mine = done.part(stage, kind == "held_out").to_list()
         assert fact.rows == len(mine)
@@ -250,7 +251,7 @@ def test_facts_are_those_of_the_rows(tokenizer_dir: Path, tmp_path: Path) -> Non
             longer = sum(len(row["chosen_ids"]) > len(row["rejected_ids"]) for row in pairs_of)
             assert fact.longer_chosen == pytest.approx(longer / len(pairs_of))
         assert fact.languages
-    duplicates = {fact.part: fact.duplicates for fact in part_facts(done, ["main"])}
+    duplicates = {fact.part: fact.duplicates for fact in part_facts(done)}
     home = part_of(
         Conversation(messages=(Message("user", "p 1"),), chosen="", rejected="", source="main", where=""), data.split
     )
@@ -264,3 +265,105 @@ def test_facts_are_those_of_the_rows(tokenizer_dir: Path, tmp_path: Path) -> Non
             assert marked == "</s>"
         else:
             assert marked == ""
+
+
+def rows_file(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_prompts_that_differ_in_white_space_are_one_prompt(tokenizer_dir: Path, tmp_path: Path) -> None:
+    plain = [{"prompt": f"prompt é {n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(200)]
+    spaced = [{**row, "prompt": f"\n{row['prompt']} ".replace("é", "e\u0301")} for row in plain]
+    sources = {
+        "plain": SourceConfig(path=rows_file(tmp_path / "plain.jsonl", plain)),
+        "spaced": SourceConfig(path=rows_file(tmp_path / "spaced.jsonl", spaced)),
+    }
+    data = prepared(DataConfig(sources=sources), tokenizer_dir, tmp_path)
+    texts = {
+        label: {text.strip().replace("e\u0301", "é") for text in part["prompt_text"]}
+        for label, part in columns(data).items()
+    }
+    for one in STAGES:
+        for other in STAGES:
+            assert one == other or not texts[f"{one}_train"] & texts[f"{other}_train"]
+        assert not texts[f"{one}_train"] & texts["sft_held_out"]
+    # What both sources have is learnt once.
+    assert len(texts["sft_train"]) == len(columns(data)["sft_train"]["prompt_text"])
+
+
+def test_who_speaks_tells_prompts_apart(tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = []
+    for number in range(100):
+        system = [{"role": "system", "content": f"a {number}"}, {"role": "user", "content": "b"}]
+        rows += [{"prompt": turns, "completion": "x"} for turns in (system, f"a {number}\n\nb")]
+    source = SourceConfig(path=rows_file(tmp_path / "rows.jsonl", rows), format="completion", stages=["sft"])
+    data = prepared(DataConfig(sources={"main": source}), tokenizer_dir, tmp_path)
+    assert sum(data.counts["parts"][f"sft_{part}"]["rows"] for part in ("train", "held_out")) == 200
+
+
+def test_a_long_text_is_kept_once(tokenizer_dir: Path, tmp_path: Path) -> None:
+    words = " ".join(f"word{n}" for n in range(3000))
+    source = SourceConfig(path=rows_file(tmp_path / "text.jsonl", [{"text": words}, {"text": "short"}]), format="text")
+    data = DataConfig(sources={"main": source}, max_prompt_length=64, max_response_length=64)
+    done = prepared(replace(data, split=SplitConfig(held_out=1e-9)), tokenizer_dir, tmp_path)
+    part = done.part("ptx", held_out=False)
+    texts = [row["chosen_text"] for row in part]
+    assert len(texts) > 50 and sum(len(text) for text in texts) < 1.2 * (len(words) + 5)
+    assert len({row["where"] for row in part}) == len(texts)
+    (fact,) = part_facts(done)
+    assert fact.duplicates == 0
+
+
+def test_what_weights_and_fractions_leave_out_is_counted_and_listed(tokenizer_dir: Path, tmp_path: Path) -> None:
+    sources = {
+        "many": SourceConfig(path=pairs(tmp_path / "many.jsonl", range(300)), weight=1.0),
+        "few": SourceConfig(path=pairs(tmp_path / "few.jsonl", range(300, 360)), weight=1.0, fraction=0.5),
+    }
+    data = prepared(DataConfig(sources=sources), tokenizer_dir, tmp_path)
+    listed = Counter(json.loads(line)["problem"] for line in data.problems_file.read_text().splitlines())
+    dropped = data.counts["dropped"]
+    assert dropped["beyond the source's weight"] > 100 and dropped["beyond the source's fraction"] > 10
+    assert {reason: listed[reason] for reason in dropped} == dropped
+    kept = sum(part["rows"] for label, part in data.counts["parts"].items() if label.endswith("_train"))
+    held_out = data.counts["parts"]["sft_held_out"]["rows"]
+    assert kept + held_out + sum(dropped.values()) == 360
+
+
+def test_facts_follow_the_sources_not_their_order(tokenizer_dir: Path, tmp_path: Path) -> None:
+    one = SourceConfig(path=pairs(tmp_path / "one.jsonl", range(200)))
+    other = SourceConfig(path=pairs(tmp_path / "other.jsonl", range(200, 230)))
+    rows = []
+    for sources in ({"one": one, "other": other}, {"other": other, "one": one}):
+        facts = part_facts(prepared(DataConfig(sources=sources), tokenizer_dir, tmp_path))
+        rows.append({(fact.source, fact.part): fact.rows for fact in facts})
+    assert rows[0] == rows[1]
+    assert rows[0]["one", "rm_train"] > rows[0]["other", "rm_train"]
+
+
+def test_half_a_surrogate_pair_anywhere_ends_in_no_traceback(tokenizer_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps({"prompt": "p", "chosen": "c", "rejected": "r", "note": "\ud800"})
+    path.write_text(good + "\n" + '{"\\ud800": 1}\n')
+    source = SourceConfig(path=str(path), keep=["note"])
+    data = DataConfig(sources={"main": source}, on_bad_row=OnProblem.skip)
+    done = prepared(data, tokenizer_dir, tmp_path)
+    assert done.counts["dropped"]["bad row"] == 1 and "ud800" in done.problems_file.read_text()
+
+
+def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer_dir: Path, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+        "{{ m['content'] }}{% endfor %}"
+    )
+    strict = tmp_path / "strict"
+    tokenizer.save_pretrained(str(strict))
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    rows: list[dict[str, Any]] = [{"prompt": f"p {n}", "completion": "c"} for n in range(60)]
+    path = rows_file(tmp_path / "rows.jsonl", [*rows, {"prompt": turns, "completion": "c"}])
+    data = DataConfig(sources={"main": SourceConfig(path=path, format="completion")})
+    with pytest.raises(DataError, match=r"1 rows cannot be used:\n  .*rows\.jsonl:61: .*no system turns"):
+        prepared(data, strict, tmp_path)
+    done = prepared(replace(data, on_bad_row=OnProblem.skip), strict, tmp_path)
+    assert done.counts["dropped"]["bad row"] == 1

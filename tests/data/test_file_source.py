@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import re
 from pathlib import Path
 
 import pyarrow
@@ -187,8 +188,8 @@ def test_wrong_paths_are_explained(tmp_path: Path) -> None:
         read(tmp_path)
     with pytest.raises(DataError, match=r"the name must be that of a file ending in \.jsonl"):
         read(write(tmp_path / "rows.txt", "a"))
-    with pytest.raises(DataError, match=r"must hold a JSON array of rows, not dict"):
-        read(write(tmp_path / "rows.json", ROW))
+    with pytest.raises(DataError, match=r"must hold a JSON array of rows, or one object in each line"):
+        read(write(tmp_path / "rows.json", "text"))
     whole = gzip.compress(json.dumps(ROW).encode() * 50)
     damaged = whole[:15] + bytes(byte ^ 0xFF for byte in whole[15:25]) + whole[25:]
     for content in (b"not gzip", whole[:-12], damaged):
@@ -200,3 +201,61 @@ def test_wrong_paths_are_explained(tmp_path: Path) -> None:
 def test_an_unknown_kind_names_those_that_exist() -> None:
     with pytest.raises(ConfigError, match=r"data\.sources\.x\.kind=films: .* there are file, film_reviews"):
         list(read_source(SourceConfig(kind="films"), name="x", on_bad_row=OnProblem.error))
+
+
+def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
+    rows = "".join(f"p {n},c,r\n" for n in range(100))
+    path = tmp_path / "rows.csv"
+    for broken in ('a,b,"c\n', 'a,"b,c\n'):
+        path.write_text(f"prompt,chosen,rejected\np,c,r\n{broken}{rows}")
+        with pytest.raises(DataError, match=r"rows\.csv:3: a quote in this row is never closed"):
+            read(path, on_bad_row=OnProblem.skip)
+    path.write_text(f'prompt,chosen,rejected\na,"b"c,d\n"a ""quoted""\nline",c,r\n{rows}')
+    found, bad = read(path, on_bad_row=OnProblem.skip)
+    assert len(found) == 101 and len(bad) == 1 and "rows.csv:2: not valid CSV" in bad[0]
+
+
+def test_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rlhf.data.readers._PIECE", 7)
+    rows = [{**ROW, "prompt": f"p {n} é"} for n in range(30)]
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
+    found, bad = read(path)
+    assert [row.prompt_text for row in found] == [row["prompt"] for row in rows] and bad == []
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # As some sets of the hub call their lines.
+    assert len(read(path)[0]) == 30
+    for content, reason in (
+        ("[1, 2", "there is no ] behind it"),
+        ('[{"a": 1} {"b": 2}]', "no comma after row 1"),
+        ("[1] 2", "more behind the array"),
+        ('[{"a": }]', "row 1: Expecting value"),
+        ("[1, ]", "row 2: Expecting value"),
+    ):
+        path.write_text(content)
+        with pytest.raises(DataError, match=rf"rows\.json: not valid JSON .*{re.escape(reason)}"):
+            read(path, on_bad_row=OnProblem.skip)
+
+
+def test_a_saved_set_and_capitals_are_read(tmp_path: Path) -> None:
+    from datasets import Dataset
+
+    Dataset.from_list([ROW] * 3).save_to_disk(str(tmp_path / "saved"))
+    assert len(read(tmp_path / "saved")[0]) == 3
+    assert len(read(write(tmp_path / "ROWS.JSONL", ROW))[0]) == 1
+    (tmp_path / "_part.jsonl").write_text(json.dumps(ROW))
+    assert len(read(tmp_path / "_part.jsonl")[0]) == 1
+
+
+def test_an_arrow_file_with_wrong_offsets_is_refused(tmp_path: Path) -> None:
+    import pyarrow
+
+    table = pyarrow.Table.from_pylist([ROW] * 4)
+    path = tmp_path / "rows.arrow"
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    content = bytearray(path.read_bytes())
+    offsets = content.find((1).to_bytes(4, "little") + (2).to_bytes(4, "little"))
+    content[offsets : offsets + 4] = (2**30).to_bytes(4, "little")
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"rows\.arrow: not valid Arrow"):
+        read(path, on_bad_row=OnProblem.skip)

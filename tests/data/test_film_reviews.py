@@ -61,11 +61,22 @@ def test_reading_twice_gives_the_same(one_liners: list[Conversation]) -> None:
     assert read("one_liners", opening_words=1) != one_liners
 
 
-def test_long_reviews_give_their_first_and_last_sentence() -> None:
-    review = film_reviews.Review(
-        "Mr. Smith made a film I liked.<br /><br />The middle is dull! But the ending made me cry .", True, "imdb"
-    )
-    assert film_reviews.excerpts(review) == ["mr. smith made a film i liked.", "but the ending made me cry."]
+def test_long_reviews_give_their_first_and_last_sentences() -> None:
+    first, last = "Mr. Smith made a film I liked. I saw it twice!", "Do not miss it. The ending made me cry ."
+    long = " ".join(["word"] * 20)
+
+    def excerpts(text: str) -> list[str]:
+        return film_reviews.excerpts(film_reviews.Review(text, True, "imdb"))
+
+    both = ["mr. smith made a film i liked. i saw it twice!", "do not miss it. the ending made me cry."]
+    assert excerpts(f"{first}<br /><br />A {long} .\nThe {long} . {last}") == [
+        f"{both[0]} a {long}.",
+        f"the {long}. {both[1]}",
+    ]
+    # A sentence that both ends reach belongs to the first; what does not fit as a whole is left out.
+    assert excerpts(f"{first} A {long} . {last}") == [f"{both[0]} a {long}.", both[1]]
+    assert excerpts(f"{first} {last}") == [" ".join(both)]
+    assert excerpts(f"{first} {long.capitalize()} {long}. Bad .") == [both[0]]
     pairs = sum(row.rejected is not None for row in read("long_reviews"))
     assert 7000 < pairs < 9500
 
@@ -114,7 +125,7 @@ def test_package_is_not_imported(one_liners: list[Conversation]) -> None:
 
 def test_judge_tells_praise_from_blame_on_reviews_it_has_not_seen() -> None:
     judge = fit_judge(DataConfig(judge="film_reviews"))
-    assert judge.accuracy > 0.69
+    assert judge.accuracy > 0.72
     assert judge.positive(["charming, moving and beautifully acted.", "boring, awful acting, a waste of time."]) == [
         True,
         False,

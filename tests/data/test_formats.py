@@ -99,6 +99,17 @@ def test_rows_of_every_hub_source_become_conversations(
             (["a"], "b", "c"),
         ),
         ("transcript", {"prompt": "Human: a\n\nAssistant:", "chosen": "b"}, (["a"], "b", None)),
+        (
+            "transcript",
+            {"prompt": "\n\nHuman: a\n\nAssistant:", "chosen": "\n\nHuman: a\n\nAssistant: b", "rejected": "c"},
+            (["a"], "b", "c"),
+        ),
+        (
+            "preference",
+            {"chosen": "Name a colour: red it is.", "rejected": "Name a colour: rough."},
+            (["Name a colour:"], "red it is.", "rough."),
+        ),
+        ("completion", {"prompt": "p", "completion": "a", "label": True}, (["p"], "a", None)),
     ],
 )
 def test_what_a_row_becomes(form: str, row: Any, expected: tuple[list[str], Any, Any]) -> None:
@@ -131,6 +142,13 @@ def test_what_a_row_becomes(form: str, row: Any, expected: tuple[list[str], Any,
         ("transcript", {"prompt": "x\n\nHuman: a", "chosen": "b"}, "text before the first"),
         ("transcript", {"prompt": "\n\nHuman:\n\nAssistant: b", "chosen": "c"}, "has an empty turn"),
         ("transcript", {"prompt": "\n\nHuman: a", "chosen": "Assistant: "}, '"chosen" is empty'),
+        (
+            "transcript",
+            {"prompt": "\n\nHuman: a", "chosen": "\n\nHuman: z\n\nAssistant: b"},
+            "begins with other turns than",
+        ),
+        ("preference", {"chosen": "yes", "rejected": "no"}, 'the column "prompt" is missing'),
+        ("completion", {"prompt": "p", "completion": "a", "label": 0.5}, "must be true or false"),
         ("transcript", {"chosen": "\n\nHuman: a"}, "must end with the assistant's turn"),
         ("text", {"text": " "}, '"text" is empty'),
     ],

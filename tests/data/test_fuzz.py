@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,19 +49,41 @@ def mutated(row: dict[str, Any], luck: random.Random) -> Any:
     return row
 
 
+def write_table(table: pyarrow.Table, path: Path) -> None:
+    """As Parquet, or as an Arrow stream."""
+    if path.suffix == ".parquet":
+        pyarrow.parquet.write_table(table, path)
+        return
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+
+
 def write(path: Path, rows: list[Any], luck: random.Random) -> bool:
     """Write rows in the file's own way, perhaps with damaged bytes; whether the rows can still be counted."""
-    if path.name.endswith(".parquet"):
+    if path.name.endswith((".parquet", ".arrow")):
         usable = [row for row in rows if isinstance(row, dict) and row]
         try:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(usable), path)
+            table = pyarrow.Table.from_pylist(usable)
+            write_table(table, path)
         except (pyarrow.ArrowException, OverflowError, TypeError, ValueError):
             # A table that cannot be: columns of several types.
             usable = [{"prompt": "p"}] * len(usable)
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(usable), path)
+            write_table(pyarrow.Table.from_pylist(usable), path)
         rows[:] = usable
         content = path.read_bytes()
-    elif path.name.endswith(".json"):
+    elif path.name.endswith(".csv"):
+        # Only texts without a quote or a line break: what a spreadsheet would write of others is another test's.
+        rows[:] = [{key: str(value) for key, value in row.items()} for row in rows if isinstance(row, dict) and row]
+        rows[:] = [
+            row
+            for row in rows
+            if list(row) == list(rows[0])
+            and any(row.values())
+            and not re.search('["\\r\\n,\\ud800\\0]', "".join([*row, *row.values()]))
+        ]
+        lines = [",".join(row) for row in rows[:1]] + [",".join(row.values()) for row in rows]
+        content = "".join(f"{line}\n" for line in lines).encode()
+    elif path.name.endswith((".json", ".json.gz")):
         content = json.dumps(rows).encode()
     else:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
@@ -88,7 +111,7 @@ def test_damaged_files_are_refused_by_row_or_as_a_whole(form: str, tmp_path: Pat
     luck = random.Random(form)
     outcomes = {"read": 0, "refused": 0}
     for number in range(FILES):
-        suffix = luck.choice([".jsonl", ".jsonl", ".jsonl.gz", ".json", ".parquet"])
+        suffix = luck.choice([".jsonl", ".jsonl.gz", ".json", ".json.gz", ".csv", ".parquet", ".arrow"])
         path = tmp_path / f"{number}{suffix}"
         rows = [mutated(GOOD[form], luck) if luck.random() < 0.5 else GOOD[form] for _ in range(luck.randint(1, 8))]
         countable = write(path, rows, luck)

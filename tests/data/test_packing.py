@@ -12,7 +12,7 @@ from rlhf.data.collate import collate_sft
 from rlhf.data.packing import assign_rows, pack
 from rlhf.functional.masking import block_causal_bias
 from rlhf.planner.architecture import PACKABLE
-from rlhf.stages.sft.train import batch_loss
+from rlhf.rollout.forward import next_token_loss
 
 SIZES: dict[str, Any] = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 GATED = {**SIZES, "intermediate_size": 48, "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -66,7 +66,7 @@ def test_a_token_sees_its_own_example_up_to_itself() -> None:
 
 
 class Engine:
-    """What `batch_loss` needs of an engine: the model itself."""
+    """What `next_token_loss` needs of an engine: the model itself."""
 
     def __init__(self, model: Any) -> None:
         self.module = model
@@ -86,7 +86,7 @@ def test_losses_and_gradients_are_those_of_padded_rows(family: str, attention: s
     results = []
     for one in (batch, packed):
         model.zero_grad()
-        loss = batch_loss(Engine(model), one, vocab_limit=97)
+        loss = next_token_loss(Engine(model), one, vocab_limit=97)
         loss.backward()
         results.append(
             (loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})

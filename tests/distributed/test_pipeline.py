@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import launch, miniature
+from miniature import launch, miniature, small_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -68,6 +68,60 @@ def test_the_same_command_again_names_the_finished_run(finished: Finished) -> No
     assert again.returncode == 2
     assert str(run_dir) in again.stderr
     assert "Traceback" not in again.stderr
+
+
+SCORER = "def score(prompts, responses, **columns):\n    return [float(len(text)) for text in responses]\n"
+
+
+def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(finished: Finished) -> None:
+    run_dir, folder = finished[0], finished[0].parent
+    (folder / "mine.py").write_text(SCORER)
+    done = launch(
+        *(*small_model(folder), "stage=grpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "run_dir=grpo"),
+        *("stage.rollout_batch_size=8", "stage.mini_batch_size=4", "stage.group_size=2", "stage.eval_prompts=4"),
+        *("stage.iterations=9", "stage.eval_every=3", "stage.ema.decay=0.5", "stage.ptx.coef=0.5"),
+        *("scorer=function", "scorer.function=mine.py:score", "stage.health.missing_eos.action=stop"),
+        folder=folder,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "stopped at iteration 5 by the health rule missing_eos" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert (folder / "grpo" / "report.html").is_file() and not (folder / "grpo" / "summary.json").exists()
+    rows = [json.loads(line) for line in (folder / "grpo" / "metrics.jsonl").read_text().splitlines()]
+    trained = [row for row in rows if "ptx/loss" in row]
+    assert len(trained) == 5 and not any("critic/loss" in row for row in rows)
+    own, average = (
+        AutoModelForCausalLM.from_pretrained(folder / "grpo" / place / "model").state_dict() for place in ("", "ema")
+    )
+    assert any(not torch.equal(value, average[name]) for name, value in own.items())
+
+
+def test_best_of_n_beats_one_answer(finished: Finished) -> None:
+    run_dir, folder = finished[0], finished[0].parent
+    models = (f"stage.actor_model={run_dir / 'sft' / 'model'}", f"stage.reward_model={run_dir / 'rm' / 'model'}")
+    more = (f"scorer.others=[{run_dir / 'rm' / 'model'}]", "scorer.weights=[1.0,0.5]")
+    done = launch(
+        *small_model(folder), "stage=best_of_n", *models, *more, "stage.n=[1,4]", f"run_dir={folder / 'best'}"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (folder / "best" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 4]
+    assert rows[0]["eval/kl_per_sequence"] == 0.0 and rows[1]["eval/kl_per_sequence"] == pytest.approx(0.636, abs=1e-3)
+    assert rows[1]["eval/score"] > rows[0]["eval/score"]
+
+
+def test_pairs_train_a_policy_directly(finished: Finished) -> None:
+    run_dir, folder = finished[0], finished[0].parent
+    done = launch(
+        *(*small_model(folder), "stage=dpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "stage.batch_size=8"),
+        *("stage.micro_batch_size_per_gpu=2", "stage.max_steps=6", "stage.optimizer.learning_rate=0.01", "lora=r8"),
+        "stage.beta=1.0",
+        *("memory=zero3", f"run_dir={folder / 'dpo'}"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((folder / "dpo" / "summary.json").read_text())
+    assert summary["before"]["eval/loss"] == pytest.approx(0.6931, abs=1e-3)
+    assert summary["after"]["eval/loss"] < 0.5 and summary["after"]["eval/accuracy"] > 0.9
 
 
 def test_nothing_is_left_in_shared_memory(finished: Finished) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import variants
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -21,6 +22,7 @@ from rlhf.config.schema import (
     DataConfig,
     LoraConfig,
     MemoryConfig,
+    Normalize,
     OptimizerConfig,
     Precision,
     RolloutConfig,
@@ -38,15 +40,14 @@ from rlhf.engine.distributed import (
     world_size,
 )
 from rlhf.engine.export import export_model
-from rlhf.engine.update import optimizer_step
+from rlhf.engine.update import Objective, optimizer_step
 from rlhf.functional.masking import position_ids
 from rlhf.models.load import ScalarModel, load_causal_lm, load_scalar_model
 from rlhf.models.lora import AdaptersOff
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.rollout.forward import response_logprobs, sequence_scores
+from rlhf.rollout.forward import next_token_loss, response_logprobs, sequence_scores
 from rlhf.rollout.generate import Sampling, generate
 from rlhf.stages.ppo.config import PPOConfig
-from rlhf.stages.sft.train import batch_loss
 
 # Some gradients are zero but for rounding (keys' biases); with a tiny epsilon Adam would make full steps of that noise.
 STEADY = OptimizerConfig(learning_rate=1e-2, eps=1e-5, schedule=Schedule.constant, warmup_ratio=0.0, max_grad_norm=1.0)
@@ -77,9 +78,11 @@ def updated_weights(folder: Path, *, micro: int, memory: MemoryConfig, steps: in
     for _ in range(steps):
         result = optimizer_step(
             engine,
-            mine.split(micro),
-            lambda part: batch_loss(engine, part, vocab_limit=len(tokenizer)),
-            num_targets=float(batch.loss_mask[:, 1:].sum()),
+            Objective(
+                micro_batches=mine.split(micro),
+                loss_sum=lambda part: next_token_loss(engine, part, vocab_limit=len(tokenizer)),
+                num_targets=float(batch.loss_mask[:, 1:].sum()),
+            ),
         )
     export_model(engine, model, tokenizer, folder / "updated")
     written = AutoModelForCausalLM.from_pretrained(folder / "updated", dtype=torch.float32)
@@ -99,7 +102,7 @@ def ppo_config(*, memory: MemoryConfig, lora: LoraConfig | None = None) -> Confi
         ),
         data=DataConfig(max_response_length=10),
         rollout=RolloutConfig(),
-        scorer=ScorerConfig(normalize=True),
+        scorer=ScorerConfig(normalize=Normalize.model),
         memory=memory,
     )
 
@@ -156,7 +159,9 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
         ):  # One by one and without padding, as a user of transformers would call it.
             errors.append(float((classifier(ids[mask].unsqueeze(0)).logits[0, 0].float() - score).abs()))
         facts["critic_export_error"] = max(errors)
-        untrained = sequence_scores(engine.reward, experience.sequence_ids, experience.rollout.attention_mask)
+        untrained = sequence_scores(
+            engine.rewards[0].engine, experience.sequence_ids, experience.rollout.attention_mask
+        )
         facts["critic_moved"] = float((scored - untrained).abs().max())
     return facts
 
@@ -266,9 +271,11 @@ def unbounded_step(folder: Path, memory: MemoryConfig) -> dict[str, float]:
     batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id).rows(slice(0, 1))
     result = optimizer_step(
         engine,
-        [batch],
-        lambda part: batch_loss(engine, part, vocab_limit=len(tokenizer)) * float("nan"),
-        num_targets=1.0,
+        Objective(
+            micro_batches=[batch],
+            loss_sum=lambda part: next_token_loss(engine, part, vocab_limit=len(tokenizer)) * float("nan"),
+            num_targets=1.0,
+        ),
     )
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in engine.module.parameters())
     return {"applied": float(result.applied), "finite": float(finite)}
@@ -294,7 +301,7 @@ def retokenised_facts(folder: Path) -> dict[str, float]:
     prompts = replace(prompts, records=records)
     experience = trainer.generate_experience(prompts)
     trainer.train_rlhf(experience)
-    scores = trainer.scorer.raw(prompts, experience.rollout)
+    scores = trainer.scorer(prompts, experience.rollout)
     classifier = AutoModelForSequenceClassification.from_pretrained(folder / "other_reward", dtype=torch.float32)
     errors = []
     for text, ids, mask, score in zip(
@@ -368,6 +375,11 @@ def main() -> None:
     facts["offload_difference"] = offload_difference(folder, reference)
     for stage in (0, 1):
         facts[f"unbounded_zero{stage}"] = unbounded_step(folder, replace(plain, zero_stage=stage))
+    if world_size() > 1:
+        tokenizer = load_tokenizer(folder / "policy")
+        role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=2)
+        batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
+        facts |= variants.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), batch, role)
     if rank() == 0:
         (folder / f"facts-{world_size()}.json").write_text(json.dumps(facts, indent=1))
     shut_down()

@@ -1,4 +1,6 @@
-"""Generalised advantage estimation against its explicit sum."""
+"""Advantage estimators against their explicit sums."""
+
+import statistics
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 from loops import gae_loop, poisoned, random_like, right_padded_masks
 from torch import Tensor
 
-from rlhf.functional.advantages import gae
+from rlhf.functional.advantages import gae, group_normalized, leave_one_out, rewards_to_go
 
 rates = st.floats(0.0, 1.0)
 
@@ -41,3 +43,58 @@ def test_nothing_is_bootstrapped_after_the_last_token() -> None:
     advantages, returns = gae(torch.tensor([[0.0, 5.0, 0.0]]), values, mask, gamma=1.0, gae_lambda=0.0)
     assert advantages.tolist() == [[1.0, 3.0, 0.0]]
     assert returns.tolist() == [[2.0, 5.0, 0.0]]
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> tuple[Tensor, Tensor, int]:
+    """Rewards and masks of whole groups of answers, each answer with its own length."""
+    size, count, width = draw(st.integers(2, 4)), draw(st.integers(1, 3)), draw(st.integers(1, 5))
+    lengths = draw(st.lists(st.integers(0, width), min_size=size * count, max_size=size * count))
+    mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
+    return random_like(mask, seed=draw(st.integers(0, 999))), mask, size
+
+
+def totals_of(rewards: Tensor, mask: Tensor, size: int) -> list[list[float]]:
+    sums = [sum(row[: int(kept.sum())].tolist()) for row, kept in zip(rewards, mask, strict=True)]
+    return [sums[start : start + size] for start in range(0, len(sums), size)]
+
+
+@given(groups())
+def test_an_answer_is_compared_with_its_group(given_groups: tuple[Tensor, Tensor, int]) -> None:
+    rewards, mask, size = given_groups
+    normalized = group_normalized(poisoned(rewards, mask), mask, group_size=size)
+    left_out = leave_one_out(poisoned(rewards, mask), mask, group_size=size)
+    for number, sums in enumerate(totals_of(rewards, mask, size)):
+        for place, own in enumerate(sums):
+            row = number * size + place
+            others = [value for index, value in enumerate(sums) if index != place]
+            expected = (own - statistics.fmean(sums)) / (statistics.stdev(sums) + 1e-6)
+            kept = int(mask[row].sum())
+            assert normalized[row, :kept].tolist() == pytest.approx([expected] * kept, abs=1e-6)
+            assert left_out[row, :kept].tolist() == pytest.approx([own - statistics.fmean(others)] * kept, abs=1e-9)
+    assert torch.all(normalized[~mask] == 0) and torch.all(left_out[~mask] == 0)
+
+
+def test_equal_answers_teach_nothing() -> None:
+    rewards, mask = torch.tensor([[0.1], [0.1], [0.1]]), torch.ones(3, 1, dtype=torch.bool)
+    assert group_normalized(rewards, mask, group_size=3).abs().max() < 0.1
+    assert leave_one_out(rewards, mask, group_size=3).abs().max() < 1e-7
+
+
+@pytest.mark.parametrize("size", [1, 3])
+def test_broken_groups_are_refused(size: int) -> None:
+    rewards, mask = torch.zeros(4, 1), torch.ones(4, 1, dtype=torch.bool)
+    for estimate in (group_normalized, leave_one_out):
+        with pytest.raises(ValueError, match=f"group_size={size}: 4 responses are not whole groups"):
+            estimate(rewards, mask, group_size=size)
+
+
+@given(mask=right_padded_masks(allow_empty=True), seed=st.integers(0, 999), gamma=rates)
+def test_rewards_to_go_against_the_explicit_sum(mask: Tensor, seed: int, gamma: float) -> None:
+    rewards = random_like(mask, seed=seed)
+    returns = rewards_to_go(poisoned(rewards, mask), mask, gamma=gamma)
+    for row, length in enumerate(mask.sum(dim=1).tolist()):
+        values = rewards[row, :length].tolist()
+        expected = [sum(gamma ** (k - t) * values[k] for k in range(t, length)) for t in range(length)]
+        assert returns[row, :length].tolist() == pytest.approx(expected, abs=1e-9)
+    assert torch.all(returns[~mask] == 0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rlhf.functional.advantages import gae
 from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.losses import policy_loss, preference_loss, sft_loss, value_loss
+from rlhf.functional.losses import dpo_loss, policy_loss, preference_loss, sft_loss, value_loss
 from rlhf.functional.masking import response_mask_from_ids
 from rlhf.functional.rewards import token_rewards
 
@@ -169,3 +169,45 @@ def test_eos_is_rewarded_and_has_a_gradient() -> None:
     assert logits.grad[0, 2, eos] < 0
     assert logits.grad[1, 0, eos] < 0
     assert torch.all(logits.grad[~mask] == 0)
+
+
+@given(
+    mask=right_padded_masks(),
+    seed=st.integers(0, 999),
+    beta=st.floats(0.05, 2.0),
+    smoothing=st.floats(0.0, 0.4),
+    kind=st.sampled_from(["sigmoid", "ipo"]),
+)
+def test_dpo_loss_against_a_loop(mask: Tensor, seed: int, beta: float, smoothing: float, kind: str) -> None:
+    both = torch.cat([mask, mask.flip(0)])
+    ratios = random_like(both, seed=seed).float()
+    loss, stats = dpo_loss(poisoned(ratios, both), both, beta=beta, label_smoothing=smoothing, kind=kind)
+    totals = [
+        sum(row[kept].tolist()) / (int(kept.sum()) if kind == "ipo" else 1)
+        for row, kept in zip(ratios, both, strict=True)
+    ]
+    chosen, rejected = totals[: len(mask)], totals[len(mask) :]
+    expected = 0.0
+    for better, worse in zip(chosen, rejected, strict=True):
+        gap = better - worse
+        if kind == "ipo":
+            expected += (gap - 1 / (2 * beta)) ** 2
+        else:
+            expected += (1 - smoothing) * math.log1p(math.exp(-beta * gap)) + smoothing * math.log1p(
+                math.exp(beta * gap)
+            )
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert float(stats.correct) == sum(better > worse for better, worse in zip(chosen, rejected, strict=True))
+    gaps = sum(better - worse for better, worse in zip(chosen, rejected, strict=True))
+    assert float(stats.margin) == pytest.approx(beta * gaps, rel=1e-4, abs=1e-4)
+
+
+def test_dpo_pushes_chosen_up_and_rejected_down() -> None:
+    ratios = torch.zeros(2, 3, requires_grad=True)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    loss, _ = dpo_loss(ratios, mask, beta=0.2)
+    loss.backward()
+    assert ratios.grad is not None
+    assert ratios.grad.tolist() == [pytest.approx([-0.1, -0.1, 0.0]), pytest.approx([0.1, 0.0, 0.0])]
+    with pytest.raises(ValueError, match="kind=hinge: there are sigmoid and ipo"):
+        dpo_loss(ratios, mask, beta=0.2, kind="hinge")

@@ -15,6 +15,7 @@ from rlhf.config.schema import (
     ModelConfig,
     Precision,
     RolloutConfig,
+    ScorerConfig,
     SourceConfig,
     WeightSource,
 )
@@ -106,3 +107,18 @@ def test_sampling_matters_to_ppo_only(rows: Path) -> None:
     warm = RolloutConfig(temperature=0.7)
     assert stage_key(config(rows, stage=RMConfig(), rollout=warm)) == stage_key(config(rows, stage=RMConfig()))
     assert stage_key(config(rows, stage=PPOConfig(), rollout=warm)) != stage_key(config(rows, stage=PPOConfig()))
+
+
+def test_a_function_of_the_users_own_counts_by_its_content(rows: Path, tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def score(prompts, responses): return [0.0] * len(responses)\n")
+
+    def key(**scorer: object) -> str:
+        return stage_key(config(rows, stage=PPOConfig(), scorer=ScorerConfig(**scorer)))  # type: ignore[arg-type]
+
+    before = key(kind="function", function=f"{path}:score")
+    assert key(kind="function", function=f"{path}:score") == before
+    path.write_text("def score(prompts, responses): return [1.0] * len(responses)\n")
+    assert key(kind="function", function=f"{path}:score") != before
+    # What a server answers is not known, so that its stage is never taken over.
+    assert key(kind="http", url="http://127.0.0.1/") != key(kind="http", url="http://127.0.0.1/")

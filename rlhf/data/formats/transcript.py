@@ -21,8 +21,9 @@ def read(row: Cells) -> Draft:
     if row.has("prompt"):
         prompt = _turns(row.text("prompt"), row.named("prompt"), markers=_markers(row))
         prompt = prompt[:-1] if prompt[-1].role == "assistant" and not prompt[-1].content else prompt
-        rejected = _bare(row, "rejected") if row.has("rejected") else None
-        return Draft(messages=_checked(prompt, row.named("prompt")), chosen=_bare(row, "chosen"), rejected=rejected)
+        messages = _checked(prompt, row.named("prompt"))
+        rejected = _bare(row, "rejected", prompt) if row.has("rejected") else None
+        return Draft(messages=messages, chosen=_bare(row, "chosen", prompt), rejected=rejected)
     *prompt, chosen = _answered(row, "chosen")
     messages = _checked(prompt, f"{row.named('chosen')} without its last turn")
     if not row.has("rejected"):
@@ -60,8 +61,13 @@ def _checked(turns: list[Message], what: str) -> tuple[Message, ...]:
     return checked_prompt(tuple(turns), what)
 
 
-def _bare(row: Cells, name: str) -> str:
-    """An answer without the mark that may stand before it."""
+def _bare(row: Cells, name: str, prompt: list[Message]) -> str:
+    """An answer without the mark, or the prompt's turns, that may stand before it."""
+    if row.text(name).strip().startswith(_markers(row)[0].strip()):
+        *before, answer = _answered(row, name)
+        if before != prompt:
+            raise BadRow(f"{row.named(name)} begins with other turns than {row.named('prompt')}")
+        return answer.content
     text = row.text(name).strip().removeprefix(_markers(row)[1].strip()).strip()
     if not text:
         raise BadRow(f"{row.named(name)} is empty")

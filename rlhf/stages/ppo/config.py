@@ -2,9 +2,16 @@
 
 from dataclasses import dataclass
 
+from rlhf.config.choices import KlPlacement
 from rlhf.config.fields import option, option_factory
+from rlhf.config.policy import EmaConfig, HealthConfig, PtxConfig
 from rlhf.config.roles import Role, divisibility_problems
 from rlhf.config.schema import OptimizerConfig, Schedule, StageConfig
+
+# What the estimators of rlhf/rollout/advantages.py need: a critic, or groups of answers to the same prompt.
+NEED_CRITIC = ("gae",)
+NEED_GROUPS = ("grpo", "rloo")
+ESTIMATORS = ("gae", "grpo", "reinforce_pp", "rloo")
 
 
 def _constant_rate() -> OptimizerConfig:
@@ -23,22 +30,34 @@ class PPOConfig(StageConfig):
     )
     reward_model: str | None = option(None, "Directory of the trained reward model (a pipeline fills in its own).")
     iterations: int = option(100, "Rollouts, each followed by its updates.", minimum=1)
-    rollout_batch_size: int = option(128, "Prompts per rollout, over all ranks.", minimum=1)
+    rollout_batch_size: int = option(
+        128, "Responses per rollout, over all ranks: to rollout_batch_size / group_size prompts.", minimum=1
+    )
+    group_size: int = option(1, "Responses to each prompt of a rollout.", minimum=1)
+    advantage: str = option(
+        "gae",
+        "Advantage estimator: gae, grpo, rloo or reinforce_pp, or FILE.py:NAME or MODULE:NAME of a function of one "
+        "rlhf.rollout.advantages.Signals that returns advantages and returns.",
+    )
+    critic: bool = option(True, "Whether there is a critic. gae needs one; a function of your own may.")
     mini_batch_size: int = option(64, "Sequences per optimizer step, over all ranks.")
     micro_batch_size_per_gpu: int = option(
         0, "Sequences per forward and backward pass on one rank; 0: as many as divide the batch, up to 8.", minimum=0
     )
     ppo_epochs: int = option(1, "Passes over each rollout batch; it is shuffled for each of them.", minimum=1)
-    kl_coef: float = option(0.05, "Weight of the per-token KL penalty (k1 estimator) in the reward.", minimum=0)
+    kl_coef: float = option(0.05, "Weight of the per-token KL penalty.", minimum=0)
+    kl_placement: KlPlacement = option(
+        KlPlacement.reward,
+        "reward: the k1 estimate is taken off each token's reward. loss: the k2 estimate is added to each token's loss "
+        "(the only one of the three whose gradient is that of the divergence).",
+    )
     kl_target: float | None = option(
         None, "KL per sequence that an adaptive kl_coef steers to; null keeps it fixed.", above=0
     )
     kl_horizon: int = option(
         10000, "Sequences over which the adaptive kl_coef reacts (Ziegler et al. 2019, section 2.2).", minimum=1
     )
-    kl_budget: float = option(
-        30.0, "KL per sequence, in nats, that the run is meant to stay under; beyond it there is a warning.", above=0
-    )
+    kl_budget: float = option(30.0, "KL per sequence, in nats, that the run is meant to stay under.", above=0)
     clip_range: float = option(0.2, "The probability ratio is clipped to 1 ± clip_range.", above=0, maximum=1)
     dual_clip: float | None = option(
         None, "Bound of the loss for negative advantages (Ye et al. 2020: 3); null for none.", above=1
@@ -56,10 +75,15 @@ class PPOConfig(StageConfig):
     eval_prompts: int = option(128, "Held-out prompts per evaluation at most.", minimum=1)
     optimizer: OptimizerConfig = option_factory(_constant_rate, "Optimizer of the actor.")
     critic_optimizer: OptimizerConfig = option_factory(_constant_rate, "Optimizer of the critic.")
+    ema: EmaConfig = option_factory(EmaConfig, "Average of the actor's weights.")
+    ptx: PtxConfig = option_factory(PtxConfig, "Pretraining mix.")
+    health: HealthConfig = option_factory(HealthConfig, "Health rules.")
 
     def roles(self) -> list[Role]:
-        """Actor and critic are trained; reference and reward model are frozen."""
+        """Actor and critic (if there is one) are trained; reference and reward model are frozen."""
         optimizers = {"actor": self.optimizer, "critic": self.critic_optimizer, "reference": None, "reward_model": None}
+        if not self.critic:
+            del optimizers["critic"]
         return [
             Role(
                 name=name,
@@ -70,6 +94,8 @@ class PPOConfig(StageConfig):
                 directory_key="actor_model" if name in ("actor", "reference") else "reward_model",
                 scalar=name in ("critic", "reward_model"),
                 generates=name == "actor",
+                averaged=name == "actor" and self.ema.decay is not None,
+                extra_batch_size=self.ptx_batch_size if name == "actor" else 0,
             )
             for name, optimizer in optimizers.items()
         ]
@@ -84,15 +110,60 @@ class PPOConfig(StageConfig):
                 f"{prefix}.rollout_batch_size={self.rollout_batch_size} is not a multiple of "
                 f"{prefix}.mini_batch_size={self.mini_batch_size}: a rollout is divided into whole mini-batches"
             )
+        if self.group_size > 0 and self.rollout_batch_size % (self.group_size * ranks):
+            found.append(
+                f"{prefix}.rollout_batch_size={self.rollout_batch_size} is not a multiple of {prefix}.group_size × "
+                f"ranks = {self.group_size} × {ranks}: each rank answers whole groups"
+            )
+        return [*found, *self._estimator_problems(prefix), *self._extras_problems(prefix)]
+
+    def _estimator_problems(self, prefix: str) -> list[str]:
+        found = []
+        if ":" not in self.advantage and self.advantage not in ESTIMATORS:
+            found.append(
+                f"{prefix}.advantage={self.advantage}: there is no such estimator; there are {', '.join(ESTIMATORS)}, "
+                "or give FILE.py:NAME or MODULE:NAME"
+            )
+        if self.advantage in NEED_CRITIC and not self.critic:
+            found.append(f"{prefix}.critic=false: {prefix}.advantage={self.advantage} needs a critic's values")
+        if self.advantage in NEED_GROUPS and self.group_size < 2:
+            found.append(
+                f"{prefix}.group_size={self.group_size}: {prefix}.advantage={self.advantage} compares the answers to "
+                "one prompt; give 2 or more"
+            )
         return found
+
+    def _extras_problems(self, prefix: str) -> list[str]:
+        found, steps = [], self.num_steps
+        if self.ema.decay is None and (self.ema.final_evaluation or self.ema.start_step):
+            found.append(f"{prefix}.ema.decay=null: nothing is averaged; give a decay, as in 0.992, or leave ema out")
+        elif self.ema.decay is not None and self.ema.start_step >= steps:
+            found.append(
+                f"{prefix}.ema.start_step={self.ema.start_step}: the run has {steps} optimizer steps, so that nothing "
+                "would be averaged"
+            )
+        if self.ptx.coef == 0 and self.ptx.batch_size is not None:
+            found.append(f"{prefix}.ptx.coef=0.0: no pretraining text is mixed in; give a weight, or leave ptx out")
+        return found
+
+    @property
+    def ptx_batch_size(self) -> int:
+        """Sequences of pretraining text per optimizer step, over all ranks; 0 without a pretraining mix."""
+        return 0 if self.ptx.coef == 0 else self.ptx.batch_size or self.mini_batch_size
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.iterations * self.ppo_epochs * (self.rollout_batch_size // max(1, self.mini_batch_size))
 
     def schedule(self) -> list[str]:
         """Mini-batches, iterations and optimizer steps."""
         mini_batches = self.rollout_batch_size // max(1, self.mini_batch_size)
-        steps = self.iterations * self.ppo_epochs * mini_batches
+        each = self.rollout_batch_size // max(1, self.group_size)
+        answers = f" × {self.group_size} answers" if self.group_size > 1 else ""
         return [
-            f"{self.rollout_batch_size} prompts per rollout = {mini_batches} mini-batches of {self.mini_batch_size}, "
+            f"{each} prompts{answers} per rollout = {mini_batches} mini-batches of {self.mini_batch_size}, "
             f"{self.ppo_epochs} epochs each: {self.ppo_epochs * mini_batches} optimizer steps per iteration",
-            f"{self.iterations} iterations: {self.iterations * self.rollout_batch_size} prompts and {steps} optimizer "
+            f"{self.iterations} iterations: {self.iterations * each} prompts and {self.num_steps} optimizer "
             f"steps; the schedule is {self.optimizer.schedule.name} over all of them",
         ]

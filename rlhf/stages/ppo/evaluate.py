@@ -49,7 +49,7 @@ class Evaluator:
         session.recorder.samples(
             step,
             [
-                {"prompt": prompt, "responses": {"sft": self.first_answers[prompt], "ppo": answer}}
+                {"prompt": prompt, "responses": {"sft": self.first_answers[prompt], session.config.stage.name: answer}}
                 for prompt, answer in answers.items()
             ],
         )
@@ -101,7 +101,7 @@ class Evaluator:
         )
         columns = {
             "text": response_texts(rollout, engine.tokenizer),
-            "score": ((trainer.scorer.raw(prompts, rollout) - engine.score_mean) / engine.score_std).tolist(),
+            "score": trainer.scorer(prompts, rollout).tolist(),
             "kl": per_sequence_kl(logprobs, reference, rollout.response_mask).tolist(),
             "tokens": rollout.response_mask.sum(dim=1).tolist(),
             "ended": ended.tolist(),

@@ -1,31 +1,53 @@
-"""What a PPO iteration writes down."""
+"""What a PPO iteration writes down, and what the health rules make of it."""
 
 import math
 from typing import cast
 
+from rlhf.config.choices import RuleAction
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
 from rlhf.stages.session import Session
+from rlhf.tracking.health import Finding, History, examine
 
 
-def record_iteration(session: Session, trainer: DeepSpeedPPOTrainer, *, step: int, sources: dict[str, int]) -> None:
-    """Reduce the iteration's metrics over the ranks and log them. Every rank must call."""
-    stage = cast(PPOConfig, session.config.stage)
-    values = derived_metrics(session.reduced_metrics())
-    values["rollout/kl_coef"] = trainer.kl_coef
-    values |= session.timing(values.pop("rollout/tokens"))
-    values |= {f"data/{name}": float(count) for name, count in sources.items()}
-    session.recorder.metrics(step, values)
-    shown = {
-        "score": values["rollout/score"],
-        "KL": values["rollout/kl_per_sequence"],
-        "length": values["rollout/response_length"],
-    }
-    session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
-    found = warnings_of(values, stage=stage)
-    for name in found.keys() - trainer.shown_warnings:
-        session.recorder.line(f"warning: iteration {step}: {found[name]}")
-    trainer.shown_warnings = set(found)  # One line when a condition begins, not one for every iteration that it lasts.
+class IterationRecord:
+    """Logs iterations and evaluations, and asks the health rules about them. The same on every rank."""
+
+    def __init__(self, session: Session, trainer: DeepSpeedPPOTrainer) -> None:
+        self._session, self._trainer = session, trainer
+        self._stage = cast(PPOConfig, session.config.stage)
+        self._history = History(kl_budget=self._stage.kl_budget)
+        self._said: set[str] = set()
+
+    def evaluated(self, values: dict[str, float]) -> None:
+        """Take in an evaluation."""
+        self._history.evaluations.append(values)
+
+    def iteration(self, *, step: int, sources: dict[str, int]) -> Finding | None:
+        """Reduce the iteration's metrics over the ranks, log them, and say what is unhealthy. Every rank must call.
+
+        Returns the first finding that is to stop the run, on every rank.
+        """
+        session = self._session
+        values = derived_metrics(session.reduced_metrics())
+        values["rollout/kl_coef"] = self._trainer.kl_coef
+        values |= session.timing(values.pop("rollout/tokens"))
+        values |= {f"data/{name}": float(count) for name, count in sources.items()}
+        session.recorder.metrics(step, values)
+        shown = {
+            "score": values["rollout/score"],
+            "KL": values["rollout/kl_per_sequence"],
+            "length": values["rollout/response_length"],
+        }
+        session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
+        self._history.add(values)
+        found = examine(values, self._history, self._stage.health)
+        for finding in found:
+            # One line when a condition begins, not one for every iteration that it lasts.
+            if finding.rule not in self._said:
+                session.recorder.line(f"{finding.action.name}: iteration {step}: {finding.rule}: {finding.message}")
+        self._said = {finding.rule for finding in found}
+        return next((finding for finding in found if finding.action is RuleAction.stop), None)
 
 
 def derived_metrics(values: dict[str, float]) -> dict[str, float]:
@@ -36,24 +58,9 @@ def derived_metrics(values: dict[str, float]) -> dict[str, float]:
     values = dict(values)
     square = values.pop("rollout/score_square")
     values["rollout/score_std"] = math.sqrt(max(square - values["rollout/score"] ** 2, 0.0))
+    if "critic/error" not in values:
+        return values
     error_variance = values.pop("critic/error_square") - values.pop("critic/error") ** 2
     return_variance = values.pop("critic/return_square") - values.pop("critic/return") ** 2
     values["critic/explained_variance"] = 1.0 - error_variance / max(return_variance, 1e-8)
     return values
-
-
-def warnings_of(values: dict[str, float], *, stage: PPOConfig) -> dict[str, str]:
-    """What a user should know about an iteration, by the name of the condition."""
-    found = {}
-    if values["rollout/kl_per_sequence"] > stage.kl_budget:
-        found["kl_over_budget"] = (
-            f"KL per sequence {values['rollout/kl_per_sequence']:.1f} is over stage.kl_budget={stage.kl_budget:g}: "
-            "raise stage.kl_coef or lower the learning rate"
-        )
-    first_update = values.get("actor/first_ratio_error", 0.0)
-    if first_update > 0.05:
-        found["first_ratio"] = (
-            f"the first update's probability ratio is off by {first_update:.3f} instead of 0: "
-            "sampling and training do not compute the same numbers"
-        )
-    return found

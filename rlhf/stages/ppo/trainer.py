@@ -1,42 +1,54 @@
 """Experience and updates of PPO."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rlhf.batch import Experience, PromptBatch, Rollout
+from rlhf.batch import Experience, PromptBatch, Rollout, SFTBatch
+from rlhf.config.choices import KlPlacement
+from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import all_reduce_sum, rank, world_size
-from rlhf.engine.update import optimizer_step
-from rlhf.functional.advantages import gae
-from rlhf.functional.kl import adaptive_kl_coef, kl_k1, per_sequence_kl
-from rlhf.functional.losses import policy_loss, value_loss
-from rlhf.functional.masking import masked_moments, masked_whiten
+from rlhf.engine.update import Objective, StepResult, optimizer_step
+from rlhf.functional.kl import adaptive_kl_coef, kl_k1, kl_k2, per_sequence_kl
+from rlhf.functional.losses import PolicyLossStats, policy_loss, value_loss
+from rlhf.functional.masking import masked_moments, masked_sum, masked_whiten
 from rlhf.functional.rewards import token_rewards
+from rlhf.rollout.advantages import Estimator, Signals, estimator
 from rlhf.rollout.forward import (
     in_micro_batches,
+    next_token_loss,
     response_logprobs,
     response_logprobs_and_entropy,
     response_values,
 )
 from rlhf.rollout.generate import generate
-from rlhf.rollout.score import RewardModelScorer, ended_with_eos
+from rlhf.rollout.score import ended_with_eos
+from rlhf.rollout.shaping import Scorer
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
+from rlhf.stages.scoring import build_scorer, build_shaping
 from rlhf.stages.session import sampling_of
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
+
+PolicyLoss = Callable[..., tuple[Tensor, PolicyLossStats]]
 
 
 class DeepSpeedPPOTrainer:
     """The two halves of a PPO iteration: `generate_experience` and `train_rlhf`.
 
     Args:
-        engine: the four engines.
+        engine: the engines.
         args: the run's configuration (the engine's own if not given).
         accumulator: where metrics are summed; a new one if not given.
         recorder: where the seconds of each phase are noted, if given.
+        scorer: what scores responses, instead of what `args.scorer` says: called with this rank's prompts and rollout,
+            it returns one number for each [B].
+        advantage: what estimates advantages, instead of what `stage.advantage` says.
+        loss: the actor's loss, instead of `rlhf.functional.losses.policy_loss`, and called like it: a sum over tokens.
+        pretraining: endless batches of text for the pretraining mix, `stage.ptx_batch_size` sequences for all ranks.
     """
 
     def __init__(
@@ -46,6 +58,10 @@ class DeepSpeedPPOTrainer:
         args: Any = None,
         accumulator: MetricAccumulator | None = None,
         recorder: Recorder | None = None,
+        scorer: Scorer | None = None,
+        advantage: Estimator | None = None,
+        loss: PolicyLoss | None = None,
+        pretraining: Iterator[SFTBatch] | None = None,
     ) -> None:
         self.engine = engine
         self.args = args if args is not None else engine.args
@@ -55,34 +71,30 @@ class DeepSpeedPPOTrainer:
         self.kl_coef = self.stage.kl_coef
         self.iteration = 0
         self._first_update = False
-        self.shown_warnings: set[str] = set()
         self.sampling = sampling_of(self.args)
-        self.scorer = RewardModelScorer(
-            engine=engine.reward,
-            mean=engine.score_mean if self.args.scorer.normalize else 0.0,
-            std=engine.score_std if self.args.scorer.normalize else 1.0,
-            clip=self.args.scorer.clip,
-            missing_eos_penalty=self.args.scorer.missing_eos_penalty,
-            micro_batch_size=self.stage.micro_batch_size_per_gpu,
-            tokenizer=engine.tokenizer,
-            reward_tokenizer=engine.reward_tokenizer,
-        )
+        self.scorer = scorer or self._scorer()
+        self.shaping = build_shaping(self.args.scorer)
+        self.advantage = advantage or estimator(self.stage.advantage, key="stage.advantage")
+        self.loss = loss or policy_loss
+        self.pretraining = pretraining
         # Its own generator: the order of the updates does not depend on how much was sampled.
         self._shuffle = torch.Generator().manual_seed(self.args.seed * 1000 + rank())
 
     def generate_experience(self, prompts: PromptBatch) -> Experience:
-        """Sample a response to each prompt and compute all that the update needs. Every rank must call.
+        """Sample responses to each prompt and compute all that the update needs. Every rank must call.
 
         Args:
-            prompts: this rank's prompts [B, P], left-padded.
+            prompts: this rank's prompts [B / group_size, P], left-padded.
 
         Returns:
-            An experience of B rows on the engines' device. Log-probabilities and values are those of the present
-            actor and critic, in evaluation mode and without gradient.
+            An experience of B rows on the engines' device, the `group_size` answers to a prompt one behind the other.
+            Log-probabilities and values are those of the present actor and critic, in evaluation mode and without
+            gradient; values are 0 without a critic.
         """
         self.iteration += 1
-        engine, phase = self.engine, self._phase
+        engine, stage, phase = self.engine, self.stage, self._phase
         engine.train()
+        prompts = prompts.repeat(stage.group_size)
         with phase("generation"):
             rollout = generate(
                 engine.actor,
@@ -93,17 +105,13 @@ class DeepSpeedPPOTrainer:
             )
         with phase("scoring"):
             ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
-            scores = self.scorer(prompts, rollout, ended)
+            scores = self.shaping(self.scorer(prompts, rollout), rollout, ended, all_reduce=all_reduce_sum)
             old_logprobs = self._logprobs(engine.actor, rollout)
             ref_logprobs = self._logprobs(engine.reference, rollout)
-            old_values = self._in_micro_batches(lambda part: response_values(engine.critic, part), rollout)
-        rewards = token_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask, kl_coef=self.kl_coef)
-        advantages, returns = gae(
-            rewards, old_values, rollout.response_mask, gamma=self.stage.gamma, gae_lambda=self.stage.gae_lambda
-        )
-        if self.stage.whiten_advantages:
-            mean, variance = masked_moments(advantages, rollout.response_mask, all_reduce=all_reduce_sum)
-            advantages = masked_whiten(advantages, rollout.response_mask, mean=mean, variance=variance)
+            values = None if engine.critic is None else self._values(rollout)
+        in_reward = self.kl_coef if stage.kl_placement is KlPlacement.reward else 0.0
+        rewards = token_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask, kl_coef=in_reward)
+        advantages, returns = self._advantages(rewards, scores, rollout.response_mask, values)
         experience = Experience(
             sequence_ids=rollout.sequence_ids,
             prompt_mask=rollout.prompt_mask,
@@ -111,7 +119,7 @@ class DeepSpeedPPOTrainer:
             scores=scores,
             old_logprobs=old_logprobs,
             ref_logprobs=ref_logprobs,
-            old_values=old_values,
+            old_values=torch.zeros_like(rewards) if values is None else values,
             rewards=rewards,
             advantages=advantages,
             returns=returns,
@@ -126,24 +134,88 @@ class DeepSpeedPPOTrainer:
             experience: what `generate_experience` returned.
 
         Returns:
-            Mean actor loss and mean critic loss per response token on this rank.
+            Mean actor loss and mean critic loss per response token on this rank; the latter is 0 without a critic.
         """
         totals = torch.zeros(3)
         with self._phase("training"):
             for index, mini_batch in enumerate(self._mini_batches(experience)):
                 num_tokens = float(all_reduce_sum(mini_batch.response_mask.sum().float()))
                 micro_batches = mini_batch.split(self.stage.micro_batch_size_per_gpu)
-                critic = optimizer_step(self.engine.critic, micro_batches, self._critic_loss, num_targets=num_tokens)
-                self._record_step("critic", critic.grad_norm, critic.learning_rate, critic.applied)
-                totals[1] += critic.loss_sum.cpu()
+                if self.engine.critic is not None:
+                    objective = Objective(
+                        micro_batches=micro_batches, loss_sum=self._critic_loss, num_targets=num_tokens
+                    )
+                    result = optimizer_step(self.engine.critic, objective)
+                    self._record_step("critic", result)
+                    totals[1] += result.loss_sum.cpu()
                 if self.iteration > self.stage.critic_warmup_iterations:
                     self._first_update = index == 0
-                    actor = optimizer_step(self.engine.actor, micro_batches, self._actor_loss, num_targets=num_tokens)
-                    self._record_step("actor", actor.grad_norm, actor.learning_rate, actor.applied)
-                    totals[0] += actor.loss_sum.cpu()
+                    totals[0] += self._actor_step(micro_batches, num_tokens).cpu()
                 totals[2] += mini_batch.response_mask.sum().cpu()
         self._adapt_kl_coef(experience)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
+
+    def _actor_step(self, micro_batches: list[Experience], num_tokens: float) -> Tensor:
+        """One optimizer step of the actor, the pretraining mix included; returns the policy loss's sum."""
+        objectives: list[Objective[Any]] = [
+            Objective(micro_batches=micro_batches, loss_sum=self._actor_loss, num_targets=num_tokens)
+        ]
+        if self.stage.ptx_batch_size:
+            objectives.append(self._ptx_objective())
+        result = optimizer_step(self.engine.actor, *objectives)
+        self._record_step("actor", result)
+        if self.engine.average is not None and result.applied:
+            self.engine.average.update()
+        return result.loss_sum
+
+    def _ptx_objective(self) -> Objective[Any]:
+        assert self.pretraining is not None, "stage.ptx needs an iterator of text"
+        batch = next(self.pretraining).to(self.engine.actor.device)
+        num_targets = float(all_reduce_sum(batch.loss_mask[:, 1:].sum().float()))
+
+        def loss_sum(part: SFTBatch) -> Tensor:
+            loss = next_token_loss(self.engine.actor, part, vocab_limit=self.engine.vocab_limit)
+            self.metrics.add("ptx/loss", loss.detach(), part.loss_mask[:, 1:].sum())
+            return loss
+
+        micro_batches = batch.split(self.stage.micro_batch_size_per_gpu)
+        return Objective(
+            micro_batches=micro_batches, loss_sum=loss_sum, num_targets=num_targets, weight=self.stage.ptx.coef
+        )
+
+    def _advantages(
+        self, rewards: Tensor, scores: Tensor, mask: Tensor, values: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        stage = self.stage
+        advantages, returns = self.advantage(
+            Signals(
+                rewards=rewards,
+                scores=scores,
+                mask=mask,
+                values=values,
+                group_size=stage.group_size,
+                gamma=stage.gamma,
+                gae_lambda=stage.gae_lambda,
+            )
+        )
+        if advantages.shape != mask.shape or returns.shape != mask.shape:
+            raise ConfigError(
+                f"stage.advantage={stage.advantage}: returned advantages {list(advantages.shape)} and returns "
+                f"{list(returns.shape)} instead of {list(mask.shape)}"
+            )
+        if stage.whiten_advantages:
+            mean, variance = masked_moments(advantages, mask, all_reduce=all_reduce_sum)
+            advantages = masked_whiten(advantages, mask, mean=mean, variance=variance)
+        return advantages, returns
+
+    def _scorer(self) -> Scorer:
+        return build_scorer(
+            self.args.scorer,
+            self.engine.rewards,
+            tokenizer=self.engine.tokenizer,
+            reward_tokenizer=self.engine.reward_tokenizer,
+            micro_batch_size=self.stage.micro_batch_size_per_gpu,
+        )
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self._recorder.phase(name) if self._recorder is not None else nullcontext()
@@ -163,7 +235,7 @@ class DeepSpeedPPOTrainer:
             temperature=self.sampling.temperature,
             vocab_limit=self.engine.vocab_limit,
         )
-        loss, stats = policy_loss(
+        loss, stats = self.loss(
             logprobs,
             part.old_logprobs,
             part.advantages,
@@ -171,6 +243,8 @@ class DeepSpeedPPOTrainer:
             clip_range=self.stage.clip_range,
             dual_clip=self.stage.dual_clip,
         )
+        if self.stage.kl_placement is KlPlacement.loss:
+            loss = loss + self.kl_coef * masked_sum(kl_k2(logprobs, part.ref_logprobs), part.response_mask)
         tokens = part.response_mask.sum()
         self.metrics.add("actor/loss", loss.detach(), tokens)
         self.metrics.add("actor/entropy", entropy.sum(), tokens)
@@ -195,6 +269,9 @@ class DeepSpeedPPOTrainer:
         self.metrics.add("critic/clip_fraction", stats.clipped, tokens)
         return loss
 
+    def _values(self, rollout: Rollout) -> Tensor:
+        return self._in_micro_batches(lambda part: response_values(self.engine.critic, part), rollout)
+
     def _logprobs(self, engine: Any, rollout: Rollout) -> Tensor:
         return self._in_micro_batches(
             lambda part: response_logprobs(
@@ -210,8 +287,6 @@ class DeepSpeedPPOTrainer:
         mask, rows = experience.response_mask, len(experience)
         tokens = mask.sum()
         kl = per_sequence_kl(experience.old_logprobs, experience.ref_logprobs, mask)
-        errors = torch.where(mask, experience.returns - experience.old_values, 0.0)
-        returns = torch.where(mask, experience.returns, 0.0)
         add = self.metrics.add
         add("rollout/score", experience.scores.sum(), rows)
         add("rollout/score_square", experience.scores.square().sum(), rows)
@@ -221,15 +296,21 @@ class DeepSpeedPPOTrainer:
         add("rollout/eos_rate", ended.float().sum(), rows)
         add("rollout/reward", experience.rewards.sum(), rows)
         add("rollout/tokens", (experience.prompt_mask.sum() + tokens) * world_size(), 1)
+        if self.engine.critic is None:
+            return
+        errors = torch.where(mask, experience.returns - experience.old_values, 0.0)
+        returns = torch.where(mask, experience.returns, 0.0)
         add("critic/error_square", errors.square().sum(), tokens)
         add("critic/error", errors.sum(), tokens)
         add("critic/return_square", returns.square().sum(), tokens)
         add("critic/return", returns.sum(), tokens)
 
-    def _record_step(self, name: str, grad_norm: float, learning_rate: float, applied: bool) -> None:
-        self.metrics.add(f"{name}/grad_norm", grad_norm, 1)
-        self.metrics.add(f"{name}/learning_rate", learning_rate, 1)
-        self.metrics.add(f"{name}/skipped_steps", float(not applied), 1)
+    def _record_step(self, name: str, result: StepResult) -> None:
+        self.metrics.add(f"{name}/grad_norm", result.grad_norm, 1)
+        self.metrics.add(f"{name}/learning_rate", result.learning_rate, 1)
+        self.metrics.add(f"{name}/skipped_steps", float(not result.applied), 1)
+        if result.loss_scale is not None:
+            self.metrics.add(f"{name}/loss_scale", result.loss_scale, 1)
 
     def _adapt_kl_coef(self, experience: Experience) -> None:
         if self.stage.kl_target is None:

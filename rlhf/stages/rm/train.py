@@ -16,7 +16,7 @@ from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
 from rlhf.engine.heads import new_head
-from rlhf.engine.update import optimizer_step
+from rlhf.engine.update import Objective, optimizer_step
 from rlhf.functional.losses import preference_loss
 from rlhf.models.load import ScalarModel, load_scalar_model
 from rlhf.rollout.forward import sequence_scores
@@ -96,7 +96,9 @@ def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: i
 
     micro_batches = batch.split(stage.micro_batch_size_per_gpu)
     with session.recorder.phase("training"):
-        result = optimizer_step(engine, micro_batches, loss_sum, num_targets=stage.batch_size)
+        result = optimizer_step(
+            engine, Objective(micro_batches=micro_batches, loss_sum=loss_sum, num_targets=stage.batch_size)
+        )
     accumulator.add("train/loss", result.loss_sum, len(batch))
     accumulator.add("train/tokens", (batch.chosen_mask.sum() + batch.rejected_mask.sum()) * session.ranks, 1)
     values = session.reduced_metrics()

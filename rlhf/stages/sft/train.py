@@ -6,25 +6,21 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from rlhf.batch import PackedBatch, SFTBatch
+from rlhf.batch import SFTBatch
 from rlhf.config.errors import ConfigError
 from rlhf.config.schema import Config
-from rlhf.data.collate import collate_prompts, collate_sft
+from rlhf.data.collate import collate_sft
 from rlhf.data.loader import GlobalLoader, eval_batches
 from rlhf.data.packing import pack
 from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
-from rlhf.engine.update import optimizer_step
-from rlhf.functional.logprobs import token_logprobs
-from rlhf.functional.losses import sft_loss
-from rlhf.functional.masking import block_causal_bias, position_ids
+from rlhf.engine.update import Objective, optimizer_step
 from rlhf.models.load import load_causal_lm, vocabulary_limit
 from rlhf.planner.architecture import PACKABLE, PACKING_ATTENTION
-from rlhf.rollout.generate import generate
-from rlhf.rollout.score import ended_with_eos, response_texts
+from rlhf.rollout.forward import next_token_loss
+from rlhf.stages.samples import record_samples
 from rlhf.stages.session import (
     Session,
     adapt,
@@ -32,7 +28,6 @@ from rlhf.stages.session import (
     enable_checkpointing,
     global_count,
     open_session,
-    sampling_of,
 )
 from rlhf.stages.sft.config import SFTConfig
 
@@ -91,18 +86,6 @@ def check_packing(stage: SFTConfig, model: Any) -> None:
         raise ConfigError(f"stage.packing=true: not with {family} and attention {attention}; leave packing off")
 
 
-def batch_loss(engine: Any, batch: SFTBatch | PackedBatch, *, vocab_limit: int) -> Tensor:
-    """Summed next-token loss over the target tokens of a micro-batch."""
-    if isinstance(batch, PackedBatch):
-        mask: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
-        positions = batch.position_ids
-    else:
-        mask, positions = batch.attention_mask, position_ids(batch.attention_mask)
-    logits = engine(input_ids=batch.sequence_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    logprobs = token_logprobs(logits[:, :-1, :vocab_limit], batch.sequence_ids[:, 1:])
-    return sft_loss(logprobs, batch.loss_mask[:, 1:])
-
-
 def train_step(
     session: Session, engine: Any, batch: SFTBatch, *, vocab_limit: int, step: int, sources: dict[str, int]
 ) -> None:
@@ -116,9 +99,11 @@ def train_step(
     with session.recorder.phase("training"):
         result = optimizer_step(
             engine,
-            [part.to(session.device) for part in parts],
-            lambda part: batch_loss(engine, part, vocab_limit=vocab_limit),
-            num_targets=global_count(session, [batch.loss_mask[:, 1:]]),
+            Objective(
+                micro_batches=[part.to(session.device) for part in parts],
+                loss_sum=lambda part: next_token_loss(engine, part, vocab_limit=vocab_limit),
+                num_targets=global_count(session, [batch.loss_mask[:, 1:]]),
+            ),
         )
     places = sum(part.sequence_ids.numel() for part in parts)
     session.accumulator.add("train/loss", result.loss_sum, targets)
@@ -154,7 +139,7 @@ def evaluate(session: Session, engine: Any, *, vocab_limit: int, step: int) -> d
         for batch, valid in batches:
             batch = batch.to(session.device)
             batch.loss_mask[valid:] = False
-            loss = batch_loss(engine, batch, vocab_limit=vocab_limit)
+            loss = next_token_loss(engine, batch, vocab_limit=vocab_limit)
             session.accumulator.add("eval/loss", loss, batch.loss_mask[:, 1:].sum())
         values = session.reduced_metrics()
     values["eval/perplexity"] = math.exp(min(values["eval/loss"], 50.0))
@@ -163,23 +148,3 @@ def evaluate(session: Session, engine: Any, *, vocab_limit: int, step: int) -> d
         f"step {step}: held-out loss {values['eval/loss']:.3f}, perplexity {values['eval/perplexity']:.1f}"
     )
     return values
-
-
-def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int, count: int = 10) -> None:
-    """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else this stage's own."""
-    rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
-    rows = rows.select(range(min(count, len(rows)))).to_list()
-    prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
-    rollout = generate(
-        engine, prompts, tokenizer=session.tokenizer, sampling=sampling_of(session.config), vocab_limit=vocab_limit
-    )
-    ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
-    lengths = rollout.response_mask.sum(dim=1).tolist()
-    texts = response_texts(rollout, session.tokenizer)
-    session.recorder.samples(
-        step,
-        [
-            {"prompt": row["prompt_text"], "responses": {"sft": {"text": text, "tokens": length, "ended": end}}}
-            for row, text, length, end in zip(rows, texts, lengths, ended, strict=True)
-        ],
-    )

@@ -1,0 +1,31 @@
+"""A few answers of a trained model, for the report."""
+
+from typing import Any
+
+from rlhf.data.collate import collate_prompts
+from rlhf.rollout.generate import generate
+from rlhf.rollout.score import ended_with_eos, response_texts
+from rlhf.stages.session import Session, sampling_of
+
+
+def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int, count: int = 10) -> None:
+    """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else this stage's own."""
+    rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
+    rows = rows.select(range(min(count, len(rows)))).to_list()
+    prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
+    rollout = generate(
+        engine, prompts, tokenizer=session.tokenizer, sampling=sampling_of(session.config), vocab_limit=vocab_limit
+    )
+    ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
+    lengths = rollout.response_mask.sum(dim=1).tolist()
+    texts = response_texts(rollout, session.tokenizer)
+    session.recorder.samples(
+        step,
+        [
+            {
+                "prompt": row["prompt_text"],
+                "responses": {session.config.stage.name: {"text": text, "tokens": length, "ended": end}},
+            }
+            for row, text, length, end in zip(rows, texts, lengths, ended, strict=True)
+        ],
+    )

@@ -1,0 +1,119 @@
+"""What scores a run's responses: its reward models as DeepSpeed engines, or a function of texts."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.config.choices import Normalize
+from rlhf.config.errors import ConfigError
+from rlhf.config.roles import Role, roles_of
+from rlhf.config.schema import REWARD_MODEL, Config, ScorerConfig
+from rlhf.engine.build import DTYPES, partitioned_loading
+from rlhf.engine.distributed import world_size
+from rlhf.engine.heads import new_head
+from rlhf.models.load import ScalarModel, disable_dropout, has_scalar_head, load_scalar_model
+from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
+from rlhf.rollout.score import RewardModelScorer, TextScorer, WeightedScorer
+from rlhf.rollout.scorers import score_function
+from rlhf.rollout.shaping import RunningMoments, Scorer, ScoreShaping
+from rlhf.stages.policy import finish_engine
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RewardModel:
+    """A frozen reward model: its engine, its weight in the score, and the statistics stored with it."""
+
+    engine: Any
+    weight: float
+    mean: float
+    std: float
+
+
+def load_reward_models(config: Config, first: str | None, tokenizer: PreTrainedTokenizerBase) -> list[RewardModel]:
+    """The reward models that score: the one in the directory `first`, and those of `scorer.others`.
+
+    `tokenizer` is that of all of them. Raises ConfigError for a directory without a reward model, or of another
+    tokenizer.
+    """
+    if config.scorer.kind != REWARD_MODEL:
+        return []
+    roles = [role for role in roles_of(config, config.stage) if role.name.startswith(REWARD_MODEL)]
+    weights = config.scorer.weights or [1.0] * len(roles)
+    return [
+        _load(config, role, str(role.path or first), tokenizer, weight=weight)
+        for role, weight in zip(roles, weights, strict=True)
+    ]
+
+
+def _load(config: Config, role: Role, path: str, tokenizer: PreTrainedTokenizerBase, *, weight: float) -> RewardModel:
+    if not has_scalar_head(Path(path)):
+        raise ConfigError(f"{path} is not a reward model: train one with stage=rm and give its directory")
+    if role.name != REWARD_MODEL and tokenizer_digest(load_tokenizer(Path(path))) != tokenizer_digest(tokenizer):
+        raise ConfigError(
+            f"scorer.others: {path} has another tokenizer than the first reward model: it would score other text"
+        )
+    _, engine = build_scalar(config, role, path, tokenizer, total_steps=1)
+    stored = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    mean, std = float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0))
+    return RewardModel(engine=engine, weight=weight, mean=mean, std=std)
+
+
+def build_scalar(
+    config: Config, role: Role, directory: str, tokenizer: PreTrainedTokenizerBase, *, total_steps: int
+) -> tuple[ScalarModel, Any]:
+    """A model with a scalar head in a role, without dropout, and its engine; one without a head gets a new one."""
+    memory = config.memory
+    with partitioned_loading(role, memory=memory, ranks=world_size()):
+        model = load_scalar_model(
+            directory, tokenizer, dtype=DTYPES[memory.precision], attention=config.reward_model.attention
+        )
+    if not has_scalar_head(Path(directory)):
+        new_head(model, seed=config.seed)
+    disable_dropout(model)
+    return model, finish_engine(config, role, model, model.classifier, total_steps=total_steps)
+
+
+def build_scorer(
+    options: ScorerConfig,
+    rewards: list[RewardModel],
+    *,
+    tokenizer: PreTrainedTokenizerBase,
+    reward_tokenizer: PreTrainedTokenizerBase | None,
+    micro_batch_size: int,
+) -> Scorer:
+    """The reward models, weighted, or the function of texts that the options name."""
+    if options.kind != REWARD_MODEL:
+        return TextScorer(function=score_function(options), name=f"scorer={options.kind}", tokenizer=tokenizer)
+    stored = options.normalize is Normalize.model
+    members = tuple(
+        (
+            model.weight,
+            RewardModelScorer(
+                engine=model.engine,
+                mean=model.mean if stored else 0.0,
+                std=model.std if stored else 1.0,
+                micro_batch_size=micro_batch_size,
+                tokenizer=tokenizer,
+                reward_tokenizer=reward_tokenizer,
+            ),
+        )
+        for model in rewards
+    )
+    return WeightedScorer(members=members)
+
+
+def build_shaping(options: ScorerConfig) -> ScoreShaping:
+    """What is done to the scores."""
+    return ScoreShaping(
+        clip=options.clip,
+        scale=options.scale,
+        missing_eos_penalty=options.missing_eos_penalty,
+        length_penalty=options.length_penalty,
+        length_limit=options.length_limit,
+        repetition_penalty=options.repetition_penalty,
+        repetition_ngram=options.repetition_ngram,
+        running=RunningMoments() if options.normalize is Normalize.running else None,
+    )
