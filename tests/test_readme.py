@@ -1,4 +1,4 @@
-"""The commands of README.md, run as they stand there; those that would train are planned instead."""
+"""The commands of README.md and docs/algorithms.md, run as they stand; those that would train are planned instead."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/algorithms.md"))
 OPT = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_position_embeddings": 256}
 OPT |= {"num_attention_heads": 3, "vocab_size": 2048, "ffn_dim": 768}
 

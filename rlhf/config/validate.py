@@ -38,7 +38,8 @@ def find_problems(config: Config) -> Iterator[str]:
     yield from _bounds(replace(config, reward_model=ModelConfig()) if same else config)
     if config.memory.precision is Precision.fp16 and config.hardware.accelerator is Accelerator.cpu:
         yield "memory.precision=fp16: CPUs compute in bf16 or fp32; use memory.precision=auto"
-    yield from _roles_memory(config.memory)
+    frozen = {role.name for role in config.stage.roles() if role.optimizer is None}
+    yield from _roles_memory(config.memory, frozen_actor="actor" in frozen)
     ranks = max(1, (config.hardware.gpus_per_node or 1) * config.hardware.nodes)
     yield from config.stage.problems("stage", ranks)
     by_model = config.scorer.kind == REWARD_MODEL
@@ -67,8 +68,8 @@ def _bounds(config: Any, prefix: str = "") -> Iterator[str]:
             yield f"{key}={value}: must be {bounds(entry)}"
 
 
-def _roles_memory(memory: MemoryConfig) -> Iterator[str]:
-    for name in ("reference", "reward_model"):
+def _roles_memory(memory: MemoryConfig, *, frozen_actor: bool) -> Iterator[str]:
+    for name in ("reference", "reward_model", *(["actor"] if frozen_actor else [])):
         stage = getattr(memory, name).zero_stage
         if stage in (1, 2):
             yield f"memory.{name}.zero_stage={stage}: a model without an optimizer has ZeRO stage 0 or 3"

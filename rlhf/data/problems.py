@@ -10,6 +10,8 @@ from rlhf.data.formats import format_module, format_names
 from rlhf.data.sources import source_kinds
 from rlhf.data.split import STAGES
 
+_RESERVED = ("prompts", "responses", "messages", "source")
+
 
 def source_problems(data: DataConfig) -> Iterator[str]:
     """Say of every source which of its options cannot be; and whether the weights make a mix."""
@@ -34,6 +36,9 @@ def _source(source: SourceConfig, key: str) -> Iterator[str]:
         for column in source.columns:
             if column not in known:
                 yield f"{key}.columns: format={source.format} reads no column {column}{did_you_mean(column, known)}"
+    for column in source.keep:
+        if column in _RESERVED:
+            yield f"{key}.keep={source.keep}: a scorer is given {column} anyway, as something else: rename the column"
     for stage in source.stages:
         if stage not in STAGES:
             yield f"{key}.stages={source.stages}: there is no stage {stage}{did_you_mean(stage, STAGES)}"

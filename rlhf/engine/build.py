@@ -65,6 +65,10 @@ def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: 
         lr_scheduler=scheduler_factory(role.optimizer, total_steps=total_steps),
         dist_init_required=False,
     )
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if hasattr(scaler, "raise_error_at_min_scale"):
+        # At the floor DeepSpeed would end the process; steps are skipped and counted instead.
+        scaler.raise_error_at_min_scale = False
     return engine
 
 

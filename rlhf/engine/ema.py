@@ -120,16 +120,21 @@ class WeightAverage:
         The masters stay as they are, so the engine must not step inside. Every rank must enter and leave. The weights
         come back bit for bit, also after an exception; meanwhile they are in the host's memory.
         """
-        own = [(_weights_here(parameter), parameter) for parameter in self._trained()]
-        saved = [(target, parameter, target.to("cpu", copy=True)) for target, parameter in own]
+        saved = [(target, target.to("cpu", copy=True)) for target in self._written_over()]
         try:
             self._load_averages()
             yield
         finally:
+            # No collective here: a rank may leave alone, with an exception.
             with torch.no_grad():
-                for target, parameter, values in saved:
+                for target, values in saved:
                     target.copy_(values)
-                    _refresh(parameter)
+
+    def _written_over(self) -> Iterator[Tensor]:
+        for parameter in self._trained():
+            yield _weights_here(parameter)
+            if _is_kept_whole(parameter):
+                yield parameter.data
 
     def _trained(self) -> list[Any]:
         return [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
@@ -162,8 +167,13 @@ def _weights_here(parameter: Any) -> Tensor:
     return weights
 
 
+def _is_kept_whole(parameter: Any) -> bool:
+    """Whether ZeRO-3 keeps a small parameter whole on every rank beside its shares."""
+    return hasattr(parameter, "ds_id") and parameter.ds_status == ZeroParamStatus.AVAILABLE
+
+
 def _refresh(parameter: Any) -> None:
-    """Where ZeRO-3 keeps a small parameter whole beside its shares, make it whole of the present shares."""
-    if hasattr(parameter, "ds_id") and parameter.ds_status == ZeroParamStatus.AVAILABLE:
+    """Make a parameter that ZeRO-3 keeps whole that of the present shares."""
+    if _is_kept_whole(parameter):
         shares = all_gather_flat(parameter.ds_tensor.data.to(parameter.data.device))
         parameter.data.copy_(shares[: parameter.ds_numel].view_as(parameter.data))

@@ -21,10 +21,12 @@ def export_model(
     *,
     prefix: str = "",
     extra_config: dict[str, Any] | None = None,
+    adapter_directory: Path | None = None,
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
 
-    An adapted model is written merged, and its adapters beside it in a directory adapter, which peft reads.
+    An adapted model is written merged, and its adapters, as peft reads them, to `adapter_directory`: by default one
+    beside it that is called adapter.
 
     Args:
         engine: the engine whose module holds the model; under ZeRO-3 the shards are consolidated on rank 0.
@@ -42,7 +44,7 @@ def export_model(
         assert state is not None
         weights = {name.removeprefix(prefix): value.detach().cpu() for name, value in state.items()}
         if is_adapted(model):
-            export_adapter(model, weights, directory.with_name("adapter"))
+            export_adapter(model, weights, adapter_directory or directory.with_name("adapter"))
             weights = merged_weights(model, weights)
         partial = directory.with_name(directory.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

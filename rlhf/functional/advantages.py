@@ -44,6 +44,9 @@ def group_normalized(
     """
     totals = _group_totals(rewards, mask, group_size=group_size)
     normalized = (totals - totals.mean(dim=1, keepdim=True)) / (totals.std(dim=1, keepdim=True) + eps)
+    # Rounding of the mean alone would otherwise be divided by itself.
+    differ = totals.amax(dim=1, keepdim=True) > totals.amin(dim=1, keepdim=True)
+    normalized = torch.where(differ, normalized, 0.0)
     return torch.where(mask, normalized.reshape(-1, 1), 0.0)
 
 

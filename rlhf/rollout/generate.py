@@ -7,6 +7,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from rlhf.batch import PromptBatch, Rollout
+from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import all_reduce_max
 from rlhf.engine.generation import generation_mode, is_partitioned
 from rlhf.functional.masking import response_mask_from_ids
@@ -42,6 +43,7 @@ def generate(
     Returns:
         A rollout whose responses are padded to the longest one on this rank (R >= 1).
     """
+    _check_length(engine.module.config, prompts.prompt_ids.shape[1], sampling.max_new_tokens)
     settings = _generation_config(tokenizer, sampling, vocab_size=engine.module.config.vocab_size, limit=vocab_limit)
     synced = not sampling.gather and is_partitioned(engine)
     pieces = prompts.split(sampling.batch_size or len(prompts))
@@ -60,6 +62,15 @@ def generate(
     mask = response_mask_from_ids(sequences[:, width:], eos_id=int(tokenizer.eos_token_id))
     generated = torch.arange(longest - width, device=sequences.device) < lengths.unsqueeze(1)
     return Rollout(sequence_ids=sequences, prompt_mask=prompts.prompt_mask, response_mask=mask & generated)
+
+
+def _check_length(config: Any, prompt_length: int, max_new_tokens: int) -> None:
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None and prompt_length + max_new_tokens > positions:
+        raise ConfigError(
+            f"a prompt of {prompt_length} tokens and rollout.max_new_tokens={max_new_tokens} (null: "
+            f"data.max_response_length) take more than the model's {positions} positions: lower one of them"
+        )
 
 
 def _most_of_any_rank(count: int, device: torch.device) -> int:

@@ -15,7 +15,7 @@ from rlhf.engine.build import DTYPES, partitioned_loading
 from rlhf.engine.distributed import world_size
 from rlhf.engine.heads import new_head
 from rlhf.models.load import ScalarModel, disable_dropout, has_scalar_head, load_scalar_model
-from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
+from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.score import RewardModelScorer, TextScorer, WeightedScorer
 from rlhf.rollout.scorers import score_function
 from rlhf.rollout.shaping import RunningMoments, Scorer, ScoreShaping
@@ -51,12 +51,19 @@ def load_reward_models(config: Config, first: str | None, tokenizer: PreTrainedT
 def _load(config: Config, role: Role, path: str, tokenizer: PreTrainedTokenizerBase, *, weight: float) -> RewardModel:
     if not has_scalar_head(Path(path)):
         raise ConfigError(f"{path} is not a reward model: train one with stage=rm and give its directory")
-    if role.name != REWARD_MODEL and tokenizer_digest(load_tokenizer(Path(path))) != tokenizer_digest(tokenizer):
+    if not load_tokenizer(Path(path)).get_vocab().items() <= tokenizer.get_vocab().items():
+        whose = "the policy" if role.name == REWARD_MODEL else "the first reward model"
         raise ConfigError(
-            f"scorer.others: {path} has another tokenizer than the first reward model: it would score other text"
+            f"{path} has another tokenizer than {whose}: it would score other text (in a loop of your own give "
+            "reward_tokenizer=)"
         )
     _, engine = build_scalar(config, role, path, tokenizer, total_steps=1)
     stored = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
+    if config.scorer.normalize is Normalize.model and "score_std" not in stored:
+        raise ConfigError(
+            f"{path}/config.json has no score_mean and score_std, which stage=rm writes: set scorer.normalize=running, "
+            "or off"
+        )
     mean, std = float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0))
     return RewardModel(engine=engine, weight=weight, mean=mean, std=std)
 
@@ -65,10 +72,14 @@ def build_scalar(
     config: Config, role: Role, directory: str, tokenizer: PreTrainedTokenizerBase, *, total_steps: int
 ) -> tuple[ScalarModel, Any]:
     """A model with a scalar head in a role, without dropout, and its engine; one without a head gets a new one."""
-    memory = config.memory
+    memory, chosen = config.memory, getattr(config, role.model_key)
     with partitioned_loading(role, memory=memory, ranks=world_size()):
         model = load_scalar_model(
-            directory, tokenizer, dtype=DTYPES[memory.precision], attention=config.reward_model.attention
+            directory,
+            tokenizer,
+            dtype=DTYPES[memory.precision],
+            attention=chosen.attention,
+            revision=chosen.revision if directory == chosen.path else None,
         )
     if not has_scalar_head(Path(directory)):
         new_head(model, seed=config.seed)

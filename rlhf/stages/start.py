@@ -2,8 +2,8 @@
 
 import os
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,7 +13,7 @@ from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
-from rlhf.config.schema import Config, LauncherKind, Mode, Reuse
+from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
 from rlhf.config.validate import find_problems, raise_problems
 from rlhf.data.problems import source_problems
 from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
@@ -26,6 +26,7 @@ from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import GIB, memory_problems, ranks_of, stage_memory
 from rlhf.rollout.scorers import scorer_problems
+from rlhf.rollout.scorers.function import check_reference
 from rlhf.stages import stage_config_class
 from rlhf.stages.pipeline.steps import stage_runs
 from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
@@ -78,6 +79,7 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     Model states that the hardware cannot hold are a problem if they `must_fit`.
     """
     problems = [*find_problems(config), *source_problems(config.data), *scorer_problems(config.scorer)]
+    problems += reference_problems(config.stage, "stage")
     if not problems:
         # These compute with the values, so that values that cannot be come first.
         problems += [*length_problems(config), *directory_problems(config, config.stage)]
@@ -86,6 +88,19 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)
     raise_problems(located(problem, dict(origins)) for problem in problems)
+
+
+def reference_problems(stage: StageConfig, key: str) -> Iterator[str]:
+    """What is wrong with the functions of a user's own that a stage, or a pipeline's stages, name."""
+    for entry in fields(stage):
+        value = getattr(stage, entry.name)
+        if isinstance(value, StageConfig):
+            yield from reference_problems(value, f"{key}.{entry.name}")
+        elif entry.name == "advantage" and ":" in value:
+            try:
+                check_reference(value, key=f"{key}.advantage")
+            except ConfigError as error:
+                yield from error.problems
 
 
 def explained(config: Config, resolved: Config, origins: Mapping[str, str]) -> str:

@@ -30,19 +30,20 @@ class History:
     """What the rules compare with. It is fed the same reduced metrics on every rank, so that all ranks agree."""
 
     kl_budget: float
-    first: list[Values] = field(default_factory=list)
+    first: dict[str, list[float]] = field(default_factory=dict)
     recent: list[Values] = field(default_factory=list)
     evaluations: list[Values] = field(default_factory=list)
 
     def add(self, values: Values) -> None:
         """Take in an iteration's metrics."""
-        if len(self.first) < FIRST:
-            self.first.append(values)
+        for name, value in values.items():
+            if len(known := self.first.setdefault(name, [])) < FIRST:
+                known.append(value)
         self.recent = [*self.recent[1 - RECENT :], values] if RECENT > 1 else [values]
 
     def at_first(self, name: str) -> float:
-        """The mean of a metric over the first iterations; NaN if there is none."""
-        return _mean(self.first, name)
+        """The mean of a metric over the first iterations that have it; NaN if there is none."""
+        return fmean(self.first[name]) if name in self.first else math.nan
 
     def lately(self, name: str) -> float:
         """The mean of a metric over the last iterations; NaN before there are enough of them."""
@@ -149,7 +150,9 @@ def _over_optimisation(values: Values, history: History, threshold: float) -> st
 
 
 def _non_finite(values: Values, history: History, threshold: float) -> str | None:
-    bad = [name for name, value in values.items() if not math.isfinite(value) and not name.startswith("time/")]
+    # DeepSpeed gives no finite norm for a step that it skips, which is counted below.
+    ignored = ("time/", "actor/grad_norm", "critic/grad_norm")
+    bad = [name for name, value in values.items() if not math.isfinite(value) and not name.startswith(ignored)]
     skipped = {name: values.get(f"{name}/skipped_steps", 0.0) for name in ("actor", "critic")}
     worst = max(skipped, key=lambda name: skipped[name])
     if bad:
@@ -200,12 +203,18 @@ RULES: dict[str, Callable[[Values, History, float], str | None]] = {
 }
 
 
-def examine(values: Values, history: History, config: HealthConfig) -> list[Finding]:
-    """What the rules that are not off say of an iteration's reduced metrics, which `history` already holds."""
+OF_EVALUATIONS = ("over_optimisation",)
+
+
+def examine(values: Values, history: History, config: HealthConfig, *, of_evaluations: bool = False) -> list[Finding]:
+    """What the rules that are not off say of an iteration's reduced metrics, which `history` already holds.
+
+    `of_evaluations` asks the rules that look at evaluations instead of the others.
+    """
     found = []
     for entry in fields(config):
         rule: RuleConfig = getattr(config, entry.name)
-        if rule.action is RuleAction.off:
+        if rule.action is RuleAction.off or (entry.name in OF_EVALUATIONS) != of_evaluations:
             continue
         message = RULES[entry.name](values, history, rule.threshold)
         if message is not None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from miniature import launch as start
+from miniature import miniature
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
@@ -98,6 +100,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("distributed")
     make_models(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], subprocess.CompletedProcess[str]]:
+    """A pipeline that has finished, as a user starts it: FOLDER/runs/first, its command line, and what that printed."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    arguments = [*miniature(folder), "hardware=cpu", "memory=zero2"]
+    done = start(*arguments, f"run_dir={folder / 'runs' / 'first'}")
+    return folder / "runs" / "first", arguments, done
 
 
 @pytest.fixture(scope="session")

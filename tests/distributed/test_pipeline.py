@@ -6,17 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import launch, miniature, small_model
+from miniature import launch, small_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], subprocess.CompletedProcess[str]]:
-    """A finished run, the command line that made it, and what that printed."""
-    folder = tmp_path_factory.mktemp("pipeline")
-    arguments = [*miniature(folder), f"run_dir={folder / 'run'}", "memory=zero2"]
-    return folder / "run", arguments, launch(*arguments)
-
 
 Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 
@@ -64,7 +55,7 @@ def test_plain_transformers_loads_the_models(finished: Finished) -> None:
 
 def test_the_same_command_again_names_the_finished_run(finished: Finished) -> None:
     run_dir, arguments, _ = finished
-    again = launch(*arguments)
+    again = launch(*arguments, f"run_dir={run_dir}")
     assert again.returncode == 2
     assert str(run_dir) in again.stderr
     assert "Traceback" not in again.stderr
@@ -74,7 +65,7 @@ SCORER = "def score(prompts, responses, **columns):\n    return [float(len(text)
 
 
 def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(finished: Finished) -> None:
-    run_dir, folder = finished[0], finished[0].parent
+    run_dir, folder = finished[0], finished[0].parents[1]
     (folder / "mine.py").write_text(SCORER)
     done = launch(
         *(*small_model(folder), "stage=grpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "run_dir=grpo"),
@@ -97,7 +88,7 @@ def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(finis
 
 
 def test_best_of_n_beats_one_answer(finished: Finished) -> None:
-    run_dir, folder = finished[0], finished[0].parent
+    run_dir, folder = finished[0], finished[0].parents[1]
     models = (f"stage.actor_model={run_dir / 'sft' / 'model'}", f"stage.reward_model={run_dir / 'rm' / 'model'}")
     more = (f"scorer.others=[{run_dir / 'rm' / 'model'}]", "scorer.weights=[1.0,0.5]")
     done = launch(
@@ -111,7 +102,7 @@ def test_best_of_n_beats_one_answer(finished: Finished) -> None:
 
 
 def test_pairs_train_a_policy_directly(finished: Finished) -> None:
-    run_dir, folder = finished[0], finished[0].parent
+    run_dir, folder = finished[0], finished[0].parents[1]
     done = launch(
         *(*small_model(folder), "stage=dpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "stage.batch_size=8"),
         *("stage.micro_batch_size_per_gpu=2", "stage.max_steps=6", "stage.optimizer.learning_rate=0.01", "lora=r8"),

@@ -7,8 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from miniature import launch, miniature, small_model
+from miniature import launch, small_model
 
+Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 Swept = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 
 
@@ -19,20 +20,26 @@ def table(folder: Path) -> list[dict[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
-    """Three jobs that share SFT and reward model, of which the third cannot run; the command line; what it printed."""
-    folder = tmp_path_factory.mktemp("sweep")
-    arguments = ["-m", *miniature(folder), "stage.ppo.kl_coef=0.02,0.05,-1", "hardware=cpu"]
-    return folder, arguments, launch(*arguments, folder=folder)
+def swept(finished: Finished) -> Swept:
+    """Three jobs beside a finished pipeline: one is new in PPO alone, one is the same, one cannot run."""
+    run_dir, arguments, _ = finished
+    folder = run_dir.parents[1]
+    swept_arguments = ["-m", *arguments, "stage.ppo.kl_coef=0.02,0.07,-1"]
+    return folder, swept_arguments, launch(*swept_arguments, folder=folder)
 
 
-def test_a_stage_with_the_same_inputs_is_trained_once(swept: Swept) -> None:
+def test_a_stage_with_the_same_inputs_is_trained_once(finished: Finished, swept: Swept) -> None:
+    run_dir, _, first = finished
     _, _, done = swept
     lines = done.stdout.splitlines()
     for stage in ("sft", "rm"):
-        assert sum(line.startswith(f"{stage}: 2 ranks") for line in lines) == 1, done.stdout
-        assert sum(line.startswith(f"{stage}: reused, trained with the same inputs by ") for line in lines) == 1
-    assert sum(line.startswith("ppo: 2 ranks") for line in lines) == 2
+        assert sum(line.startswith(f"{stage}: 2 ranks") for line in first.stdout.splitlines()) == 1
+        assert sum(line.startswith(f"{stage}: 2 ranks") for line in lines) == 0, done.stdout
+        assert (
+            sum(line.startswith(f"{stage}: reused, trained with the same inputs by {run_dir}") for line in lines) == 2
+        )
+    assert sum(line.startswith("ppo: 2 ranks") for line in lines) == 1
+    assert sum(line.startswith(f"ppo: reused, trained with the same inputs by {run_dir}") for line in lines) == 1
 
 
 def test_the_summary_tells_what_came_of_each_job(swept: Swept) -> None:
@@ -41,7 +48,7 @@ def test_the_summary_tells_what_came_of_each_job(swept: Swept) -> None:
     rows = table(folder)
     assert [(row["stage.ppo.kl_coef"], row["state"]) for row in rows] == [
         ("0.02", "done"),
-        ("0.05", "done"),
+        ("0.07", "done"),
         ("-1", "failed"),
     ]
     for row in rows[:2]:

@@ -75,10 +75,11 @@ def test_an_answer_is_compared_with_its_group(given_groups: tuple[Tensor, Tensor
     assert torch.all(normalized[~mask] == 0) and torch.all(left_out[~mask] == 0)
 
 
-def test_equal_answers_teach_nothing() -> None:
-    rewards, mask = torch.tensor([[0.1], [0.1], [0.1]]), torch.ones(3, 1, dtype=torch.bool)
-    assert group_normalized(rewards, mask, group_size=3).abs().max() < 0.1
-    assert leave_one_out(rewards, mask, group_size=3).abs().max() < 1e-7
+@pytest.mark.parametrize("size", [2, 3, 5, 6, 7, 12])
+def test_equal_answers_teach_nothing(size: int) -> None:
+    rewards, mask = torch.full((size, 1), -3.96), torch.ones(size, 1, dtype=torch.bool)
+    assert torch.all(group_normalized(rewards, mask, group_size=size) == 0)
+    assert leave_one_out(rewards, mask, group_size=size).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("size", [1, 3])

@@ -32,6 +32,7 @@ def said(
     for values in [WELL] * 5 + list(iterations):
         history.add(values)
         found = examine(values, history, HealthConfig(**rules))
+    found += examine({}, history, HealthConfig(**rules), of_evaluations=True)
     return {finding.rule for finding in found}
 
 
@@ -91,3 +92,17 @@ def test_findings_say_what_was_seen_and_what_to_do() -> None:
 
 def test_a_run_without_a_critic_has_no_critic_to_blame() -> None:
     assert said(*[{name: value for name, value in WELL.items() if not name.startswith("critic/")}] * 6) == set()
+
+
+def test_what_begins_late_is_compared_with_its_own_beginning() -> None:
+    warmup = [{name: value for name, value in WELL.items() if not name.startswith("actor/")}] * 9
+    history = History(kl_budget=10.0)
+    for values in [*warmup, *[WELL] * 5, *[WELL | {"actor/entropy": 0.1}] * 5]:
+        history.add(values)
+    assert {finding.rule for finding in examine(WELL, history, HealthConfig())} == {"entropy_collapse"}
+
+
+def test_an_overflow_that_is_skipped_is_counted_not_called_infinite() -> None:
+    overflow = WELL | {"actor/grad_norm": math.nan, "actor/skipped_steps": 0.5}
+    assert said(overflow, non_finite=RuleConfig(threshold=0.9)) == set()
+    assert said(overflow, non_finite=RuleConfig(threshold=0.4)) == {"non_finite"}

@@ -5,22 +5,31 @@ $RLHF_SCORER_TOKEN is set, it is sent as a bearer token; it is in no file, log o
 """
 
 import os
+import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import parse_qsl, urlsplit
 
 from rlhf.config.errors import DataError
 from rlhf.config.schema import ScorerConfig
 
 TOKEN = "RLHF_SCORER_TOKEN"
+_SECRET = re.compile("key|token|secret|password|auth", re.IGNORECASE)
 BUSY = (429, 500, 502, 503, 504)
 
 
 def problems(config: ScorerConfig) -> list[str]:
     """An address that is missing or of another kind."""
-    parts = urlsplit(config.url or "")
+    try:
+        parts = urlsplit(config.url or "")
+        _ = parts.port
+    except ValueError as error:
+        return [f"scorer.url={config.url}: is no address: {error}"]
     if parts.scheme not in ("http", "https") or not parts.hostname:
         return [f"scorer.url={config.url}: give the scorer's address, as in http://127.0.0.1:8000/score"]
+    secret = next((name for name, _ in parse_qsl(parts.query) if _SECRET.search(name)), None)
+    if secret is not None:
+        return [f"scorer.url: the value of {secret}= would be written to logs; set ${TOKEN} instead"]
     if parts.username or parts.password:
         return [f"scorer.url: an address with a password would be written to logs; set ${TOKEN} instead"]
     return []
@@ -30,7 +39,7 @@ def score_function(config: ScorerConfig) -> Callable[..., list[float]]:
     """A function that asks the address, `scorer.batch_size` responses at a time.
 
     Connections that fail and the codes 429, 500, 502, 503 and 504 are tried again `scorer.retries` times, after 0, 1,
-    2, 4, … seconds or what Retry-After says. Everything else, and the last failure, raises DataError.
+    2, 4, … seconds. Everything else, and the last failure, raises DataError.
     """
     import requests
     from requests.adapters import HTTPAdapter
@@ -44,12 +53,12 @@ def score_function(config: ScorerConfig) -> Callable[..., list[float]]:
         allowed_methods=None,
         raise_on_status=False,
         redirect=0,
+        respect_retry_after_header=False,
     )
     session = requests.Session()
     for scheme in ("http://", "https://"):
         session.mount(scheme, HTTPAdapter(max_retries=retry))
-    if token := os.environ.get(TOKEN):
-        session.headers["Authorization"] = f"Bearer {token}"
+    session.auth = _authorized(os.environ.get(TOKEN))
 
     def score(prompts: list[str], responses: list[str], **columns: list[Any]) -> list[float]:
         scores: list[float] = []
@@ -65,6 +74,17 @@ def score_function(config: ScorerConfig) -> Callable[..., list[float]]:
         return scores
 
     return score
+
+
+def _authorized(token: str | None) -> Callable[[Any], Any]:
+    """What adds the token to a request; without one nothing is added, also not what ~/.netrc has for the host."""
+
+    def authorize(request: Any) -> Any:
+        if token:
+            request.headers["Authorization"] = f"Bearer {token}"
+        return request
+
+    return authorize
 
 
 def _scores_of(answer: Any, expected: int, *, url: str) -> list[float]:

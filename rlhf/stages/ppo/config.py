@@ -115,7 +115,7 @@ class PPOConfig(StageConfig):
                 f"{prefix}.rollout_batch_size={self.rollout_batch_size} is not a multiple of {prefix}.group_size × "
                 f"ranks = {self.group_size} × {ranks}: each rank answers whole groups"
             )
-        return [*found, *self._estimator_problems(prefix), *self._extras_problems(prefix)]
+        return [*found, *self._estimator_problems(prefix), *self._extras_problems(prefix, ranks)]
 
     def _estimator_problems(self, prefix: str) -> list[str]:
         found = []
@@ -133,14 +133,25 @@ class PPOConfig(StageConfig):
             )
         return found
 
-    def _extras_problems(self, prefix: str) -> list[str]:
-        found, steps = [], self.num_steps
+    def _extras_problems(self, prefix: str, ranks: int) -> list[str]:
+        found, steps = [], self.actor_steps
+        if self.critic_warmup_iterations and not self.critic:
+            found.append(f"{prefix}.critic_warmup_iterations={self.critic_warmup_iterations}: there is no critic")
+        elif self.critic_warmup_iterations >= self.iterations:
+            found.append(
+                f"{prefix}.critic_warmup_iterations={self.critic_warmup_iterations}: the run has {self.iterations} "
+                "iterations, so that the actor would never be trained"
+            )
+        if self.kl_target is not None and self.kl_coef == 0:
+            found.append(f"{prefix}.kl_coef=0.0: an adaptive coefficient that begins at 0 stays 0")
+        if self.ptx_batch_size % ranks:
+            found.append(f"{prefix}.ptx.batch_size={self.ptx_batch_size} is not a multiple of the {ranks} ranks")
         if self.ema.decay is None and (self.ema.final_evaluation or self.ema.start_step):
             found.append(f"{prefix}.ema.decay=null: nothing is averaged; give a decay, as in 0.992, or leave ema out")
         elif self.ema.decay is not None and self.ema.start_step >= steps:
             found.append(
-                f"{prefix}.ema.start_step={self.ema.start_step}: the run has {steps} optimizer steps, so that nothing "
-                "would be averaged"
+                f"{prefix}.ema.start_step={self.ema.start_step}: the actor has {steps} optimizer steps, so that "
+                "nothing would be averaged"
             )
         if self.ptx.coef == 0 and self.ptx.batch_size is not None:
             found.append(f"{prefix}.ptx.coef=0.0: no pretraining text is mixed in; give a weight, or leave ptx out")
@@ -152,9 +163,19 @@ class PPOConfig(StageConfig):
         return 0 if self.ptx.coef == 0 else self.ptx.batch_size or self.mini_batch_size
 
     @property
+    def steps_per_iteration(self) -> int:
+        """Optimizer steps of an iteration."""
+        return self.ppo_epochs * (self.rollout_batch_size // max(1, self.mini_batch_size))
+
+    @property
+    def actor_steps(self) -> int:
+        """Optimizer steps of the actor, which rests while the critic warms up."""
+        return (self.iterations - self.critic_warmup_iterations) * self.steps_per_iteration
+
+    @property
     def num_steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return self.iterations * self.ppo_epochs * (self.rollout_batch_size // max(1, self.mini_batch_size))
+        return self.iterations * self.steps_per_iteration
 
     def schedule(self) -> list[str]:
         """Mini-batches, iterations and optimizer steps."""

@@ -17,11 +17,12 @@ class IterationRecord:
         self._session, self._trainer = session, trainer
         self._stage = cast(PPOConfig, session.config.stage)
         self._history = History(kl_budget=self._stage.kl_budget)
-        self._said: set[str] = set()
+        self._said: dict[bool, set[str]] = {False: set(), True: set()}
 
-    def evaluated(self, values: dict[str, float]) -> None:
-        """Take in an evaluation."""
+    def evaluation(self, values: dict[str, float], *, step: int) -> Finding | None:
+        """Take in an evaluation; returns a finding that is to stop the run, on every rank."""
         self._history.evaluations.append(values)
+        return self._examined(values, step=step, of_evaluations=True)
 
     def iteration(self, *, step: int, sources: dict[str, int]) -> Finding | None:
         """Reduce the iteration's metrics over the ranks, log them, and say what is unhealthy. Every rank must call.
@@ -41,12 +42,16 @@ class IterationRecord:
         }
         session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
         self._history.add(values)
-        found = examine(values, self._history, self._stage.health)
+        return self._examined(values, step=step, of_evaluations=False)
+
+    def _examined(self, values: dict[str, float], *, step: int, of_evaluations: bool) -> Finding | None:
+        found = examine(values, self._history, self._stage.health, of_evaluations=of_evaluations)
         for finding in found:
             # One line when a condition begins, not one for every iteration that it lasts.
-            if finding.rule not in self._said:
-                session.recorder.line(f"{finding.action.name}: iteration {step}: {finding.rule}: {finding.message}")
-        self._said = {finding.rule for finding in found}
+            if finding.rule not in self._said[of_evaluations]:
+                line = f"{finding.action.name}: iteration {step}: {finding.rule}: {finding.message}"
+                self._session.recorder.line(line)
+        self._said[of_evaluations] = {finding.rule for finding in found}
         return next((finding for finding in found if finding.action is RuleAction.stop), None)
 
 
@@ -57,6 +62,9 @@ def derived_metrics(values: dict[str, float]) -> dict[str, float]:
     """
     values = dict(values)
     square = values.pop("rollout/score_square")
+    for name in ("actor", "critic"):
+        if (inverse := values.pop(f"{name}/inverse_loss_scale", None)) is not None:
+            values[f"{name}/loss_scale"] = 1.0 / inverse
     values["rollout/score_std"] = math.sqrt(max(square - values["rollout/score"] ** 2, 0.0))
     if "critic/error" not in values:
         return values

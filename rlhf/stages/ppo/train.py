@@ -45,6 +45,7 @@ def run(config: Config, run_dir: Path) -> None:
     seed_everything(config.seed + session.rank)
 
     before = latest = evaluator.evaluate(step=0)
+    record.evaluation(before, step=0)
     for iteration, prompt_batch in zip(range(1, stage.iterations + 1), prompt_train_dataloader, strict=False):
         experience = trainer.generate_experience(prompt_batch)
         trainer.train_rlhf(experience)
@@ -55,7 +56,9 @@ def run(config: Config, run_dir: Path) -> None:
             averaged = engine.average is not None and stage.ema.final_evaluation and iteration == stage.iterations
             with engine.average.in_place() if engine.average is not None and averaged else nullcontext():
                 latest = evaluator.evaluate(step=iteration)
-            record.evaluated(latest)
+            finding = record.evaluation(latest, step=iteration)
+            if finding is not None:
+                stop(session, finding, step=iteration)
             if iteration < stage.iterations and may_stop(stage.health):
                 export(session, engine)  # What the run falls back on.
 

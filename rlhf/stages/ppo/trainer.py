@@ -1,5 +1,6 @@
 """Experience and updates of PPO."""
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -76,6 +77,8 @@ class DeepSpeedPPOTrainer:
         self.shaping = build_shaping(self.args.scorer)
         self.advantage = advantage or estimator(self.stage.advantage, key="stage.advantage")
         self.loss = loss or policy_loss
+        if self.stage.ptx_batch_size and pretraining is None:
+            raise ConfigError(f"stage.ptx.coef={self.stage.ptx.coef}: give the trainer its text, pretraining=…")
         self.pretraining = pretraining
         # Its own generator: the order of the updates does not depend on how much was sampled.
         self._shuffle = torch.Generator().manual_seed(self.args.seed * 1000 + rank())
@@ -91,8 +94,14 @@ class DeepSpeedPPOTrainer:
             Log-probabilities and values are those of the present actor and critic, in evaluation mode and without
             gradient; values are 0 without a critic.
         """
-        self.iteration += 1
         engine, stage, phase = self.engine, self.stage, self._phase
+        wanted = stage.rollout_batch_size // stage.group_size // world_size()
+        if len(prompts) != wanted:
+            raise ValueError(
+                f"{len(prompts)} prompts on this rank: stage.rollout_batch_size={stage.rollout_batch_size} responses "
+                f"are {wanted} prompts × group_size={stage.group_size} × {world_size()} ranks"
+            )
+        self.iteration += 1
         engine.train()
         prompts = prompts.repeat(stage.group_size)
         with phase("generation"):
@@ -306,11 +315,13 @@ class DeepSpeedPPOTrainer:
         add("critic/return", returns.sum(), tokens)
 
     def _record_step(self, name: str, result: StepResult) -> None:
-        self.metrics.add(f"{name}/grad_norm", result.grad_norm, 1)
+        known = math.isfinite(result.grad_norm)
+        self.metrics.add(f"{name}/grad_norm", result.grad_norm if known else 0.0, float(known))
         self.metrics.add(f"{name}/learning_rate", result.learning_rate, 1)
         self.metrics.add(f"{name}/skipped_steps", float(not result.applied), 1)
         if result.loss_scale is not None:
-            self.metrics.add(f"{name}/loss_scale", result.loss_scale, 1)
+            # The lowest of the iteration.
+            self.metrics.maximum(f"{name}/inverse_loss_scale", 1.0 / result.loss_scale)
 
     def _adapt_kl_coef(self, experience: Experience) -> None:
         if self.stage.kl_target is None:

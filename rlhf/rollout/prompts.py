@@ -1,0 +1,47 @@
+"""From texts to a batch of prompts, for scripts of a user's own."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.batch import PromptBatch
+from rlhf.data.collate import collate_prompts
+from rlhf.data.conversation import Message
+from rlhf.models.tokenizer import encode_prompts
+
+
+def prompt_batch(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str | Sequence[Mapping[str, str]]], **columns: Sequence[Any]
+) -> PromptBatch:
+    """Prompts through the tokenizer's chat template, left-padded.
+
+    Args:
+        tokenizer: with a chat template and a padding token.
+        prompts: B texts of a user, or lists of messages {"role", "content"} that end with the user's.
+        columns: what a scorer is given beside the texts, B values each.
+
+    Returns:
+        prompt_ids and prompt_mask [B, P], and the records that hold the prompts' text.
+
+    Raises:
+        ValueError: a column has another number of values.
+        ConfigError: the chat template fails.
+    """
+    turns = [
+        tuple(Message(**turn) for turn in ([{"role": "user", "content": given}] if isinstance(given, str) else given))
+        for given in prompts
+    ]
+    for name, values in columns.items():
+        if len(values) != len(prompts):
+            raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
+    rows = [
+        {"prompt_ids": ids, "messages": [{"role": turn.role, "content": turn.content} for turn in own], "source": ""}
+        for ids, own in zip(encode_prompts(tokenizer, turns), turns, strict=True)
+    ]
+    batch = collate_prompts(rows, pad_id=int(tokenizer.pad_token_id))
+    records = tuple(
+        {**record, **{name: values[number] for name, values in columns.items()}}
+        for number, record in enumerate(batch.records)
+    )
+    return PromptBatch(prompt_ids=batch.prompt_ids, prompt_mask=batch.prompt_mask, records=records)
