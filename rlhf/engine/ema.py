@@ -120,21 +120,22 @@ class WeightAverage:
         The masters stay as they are, so the engine must not step inside. Every rank must enter and leave. The weights
         come back bit for bit, also after an exception; meanwhile they are in the host's memory.
         """
-        saved = [(target, target.to("cpu", copy=True)) for target in self._written_over()]
+        shares = [(parameter, _copied(_weights_here(parameter))) for parameter in self._trained()]
+        whole = {parameter: _copied(parameter.data) for parameter in self._trained() if _is_kept_whole(parameter)}
         try:
             self._load_averages()
             yield
         finally:
             # No collective here: a rank may leave alone, with an exception.
             with torch.no_grad():
-                for target, values in saved:
-                    target.copy_(values)
-
-    def _written_over(self) -> Iterator[Tensor]:
-        for parameter in self._trained():
-            yield _weights_here(parameter)
-            if _is_kept_whole(parameter):
-                yield parameter.data
+                for parameter, values in shares:
+                    _weights_here(parameter).copy_(values)
+                    if not _is_kept_whole(parameter):
+                        continue
+                    if parameter in whole:
+                        parameter.data.copy_(whole[parameter])
+                    else:
+                        parameter.partition()  # It was made whole meanwhile, of averages.
 
     def _trained(self) -> list[Any]:
         return [parameter for parameter in self._engine.module.parameters() if parameter.requires_grad]
@@ -165,6 +166,11 @@ def _weights_here(parameter: Any) -> Tensor:
     """What this rank holds of a parameter's computing weights: under ZeRO-3 its share."""
     weights: Tensor = parameter.ds_tensor.data if hasattr(parameter, "ds_id") else parameter.data
     return weights
+
+
+def _copied(values: Tensor) -> Tensor:
+    """A copy in the host's memory."""
+    return values.to("cpu", copy=True)
 
 
 def _is_kept_whole(parameter: Any) -> bool:

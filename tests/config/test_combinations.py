@@ -135,7 +135,8 @@ def widened(stage: StageConfig, ranks: int) -> StageConfig:
         elif entry.name == "micro_batch_size_per_gpu":
             changed[entry.name] = 0 if any(role.batch_size % (value * ranks or 1) for role in stage.roles()) else value
         elif entry.name.endswith("batch_size"):
-            changed[entry.name] = -(-value // ranks) * ranks
+            unit = ranks * getattr(stage, "group_size", 1) if entry.name == "rollout_batch_size" else ranks
+            changed[entry.name] = -(-value // unit) * unit if value is not None else None
     return replace(stage, **changed)
 
 

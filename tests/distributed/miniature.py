@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,13 @@ def launch(*arguments: str, folder: Path | None = None) -> subprocess.CompletedP
         cwd=folder,
         env={**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"},
     )
+
+
+def launch_all(jobs: dict[str, list[str]], folder: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """Run launch.py several times at once: a start is mostly one process that imports libraries."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        started = {name: pool.submit(launch, *arguments, folder=folder) for name, arguments in jobs.items()}
+        return {name: future.result() for name, future in started.items()}
 
 
 def write_rows(path: Path) -> Path:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from miniature import launch, small_model
+from miniature import launch, launch_all, small_model
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
@@ -64,16 +64,38 @@ def test_the_same_command_again_names_the_finished_run(finished: Finished) -> No
 SCORER = "def score(prompts, responses, **columns):\n    return [float(len(text)) for text in responses]\n"
 
 
-def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(finished: Finished) -> None:
+@pytest.fixture(scope="module")
+def variants(finished: Finished) -> dict[str, subprocess.CompletedProcess[str]]:
+    """GRPO that a health rule stops, best-of-n and DPO from the pipeline's models; the last two on one rank."""
     run_dir, folder = finished[0], finished[0].parents[1]
     (folder / "mine.py").write_text(SCORER)
-    done = launch(
-        *(*small_model(folder), "stage=grpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "run_dir=grpo"),
-        *("stage.rollout_batch_size=8", "stage.mini_batch_size=4", "stage.group_size=2", "stage.eval_prompts=4"),
-        *("stage.iterations=9", "stage.eval_every=3", "stage.ema.decay=0.5", "stage.ptx.coef=0.5"),
-        *("scorer=function", "scorer.function=mine.py:score", "stage.health.missing_eos.action=stop"),
-        folder=folder,
-    )
+    policy, reward = f"stage.actor_model={run_dir / 'sft' / 'model'}", run_dir / "rm" / "model"
+    grpo = [
+        *("stage=grpo", policy, "run_dir=grpo", "stage.rollout_batch_size=8", "stage.mini_batch_size=4"),
+        *("stage.group_size=2", "stage.eval_prompts=4", "stage.iterations=9", "stage.eval_every=3"),
+        *("stage.ema.decay=0.5", "stage.ptx.coef=0.5", "stage.health.missing_eos.action=stop"),
+        *("scorer=function", "scorer.function=mine.py:score"),
+    ]
+    best = [
+        *("stage=best_of_n", policy, f"stage.reward_model={reward}", f"scorer.others=[{reward}]"),
+        *("scorer.weights=[1.0,0.5]", "stage.n=[1,4]", "run_dir=best", "hardware.gpus_per_node=1"),
+    ]
+    dpo = [
+        *("stage=dpo", policy, "stage.batch_size=8", "stage.micro_batch_size_per_gpu=2", "stage.max_steps=6"),
+        *("stage.optimizer.learning_rate=0.01", "stage.beta=1.0", "lora=r8", "memory=zero3", "run_dir=dpo"),
+        "hardware.gpus_per_node=1",
+    ]
+    jobs = {"grpo": grpo, "best": best, "dpo": dpo}
+    return launch_all({name: [*small_model(folder), *job] for name, job in jobs.items()}, folder)
+
+
+Variants = dict[str, subprocess.CompletedProcess[str]]
+
+
+def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(
+    finished: Finished, variants: Variants
+) -> None:
+    folder, done = finished[0].parents[1], variants["grpo"]
     assert done.returncode == 2, done.stdout + done.stderr
     assert "stopped at iteration 5 by the health rule missing_eos" in done.stderr
     assert "Traceback" not in done.stderr
@@ -87,13 +109,8 @@ def test_a_variant_with_a_function_that_scores_is_stopped_by_a_health_rule(finis
     assert any(not torch.equal(value, average[name]) for name, value in own.items())
 
 
-def test_best_of_n_beats_one_answer(finished: Finished) -> None:
-    run_dir, folder = finished[0], finished[0].parents[1]
-    models = (f"stage.actor_model={run_dir / 'sft' / 'model'}", f"stage.reward_model={run_dir / 'rm' / 'model'}")
-    more = (f"scorer.others=[{run_dir / 'rm' / 'model'}]", "scorer.weights=[1.0,0.5]")
-    done = launch(
-        *small_model(folder), "stage=best_of_n", *models, *more, "stage.n=[1,4]", f"run_dir={folder / 'best'}"
-    )
+def test_best_of_n_beats_one_answer(finished: Finished, variants: Variants) -> None:
+    folder, done = finished[0].parents[1], variants["best"]
     assert done.returncode == 0, done.stdout + done.stderr
     rows = [json.loads(line) for line in (folder / "best" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 4]
@@ -101,14 +118,8 @@ def test_best_of_n_beats_one_answer(finished: Finished) -> None:
     assert rows[1]["eval/score"] > rows[0]["eval/score"]
 
 
-def test_pairs_train_a_policy_directly(finished: Finished) -> None:
-    run_dir, folder = finished[0], finished[0].parents[1]
-    done = launch(
-        *(*small_model(folder), "stage=dpo", f"stage.actor_model={run_dir / 'sft' / 'model'}", "stage.batch_size=8"),
-        *("stage.micro_batch_size_per_gpu=2", "stage.max_steps=6", "stage.optimizer.learning_rate=0.01", "lora=r8"),
-        "stage.beta=1.0",
-        *("memory=zero3", f"run_dir={folder / 'dpo'}"),
-    )
+def test_pairs_train_a_policy_directly(finished: Finished, variants: Variants) -> None:
+    folder, done = finished[0].parents[1], variants["dpo"]
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((folder / "dpo" / "summary.json").read_text())
     assert summary["before"]["eval/loss"] == pytest.approx(0.6931, abs=1e-3)

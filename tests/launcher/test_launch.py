@@ -61,10 +61,10 @@ def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
 def test_tuned_micro_batches_follow_the_number_of_gpus_but_given_ones_do_not(tmp_path: Path) -> None:
     done = launch(tmp_path, "mode=plan", "hardware=8xa100")
     assert done.returncode == 0
-    assert "sft: 64 sequences per optimizer step = micro-batch 8 × accumulation 1 × 8 ranks" in done.stdout
+    assert "sft: 32 sequences per optimizer step = micro-batch 4 × accumulation 1 × 8 ranks" in done.stdout
     given = launch(tmp_path, "mode=plan", "hardware=8xa100", "stage.sft.micro_batch_size_per_gpu=32")
     assert given.returncode == 2
-    assert "stage.sft.batch_size=64 is not a multiple of micro_batch_size_per_gpu × ranks = 32 × 8" in given.stderr
+    assert "stage.sft.batch_size=32 is not a multiple of micro_batch_size_per_gpu × ranks = 32 × 8" in given.stderr
 
 
 def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
@@ -73,9 +73,9 @@ def test_an_option_is_explained_with_its_origin(tmp_path: Path) -> None:
     assert "Weight of the per-token KL penalty" in done.stdout
     assert "default  0.05" in done.stdout and "0.1  (from the command line)" in done.stdout
     tuned = launch(tmp_path, "mode=explain", "key=stage.ppo.iterations")
-    assert "44  (from conf/tuned/ppo-tiny.yaml)" in tuned.stdout
+    assert "33  (from conf/tuned/ppo-tiny.yaml)" in tuned.stdout
     adjusted = launch(tmp_path, "mode=explain", "key=stage.sft.micro_batch_size_per_gpu", "hardware=8xa100")
-    assert "used     8  (decided for this machine and model)" in adjusted.stdout
+    assert "used     4  (decided for this machine and model)" in adjusted.stdout
     unknown = launch(tmp_path, "mode=explain", "key=stage.ppo.kl_cof")
     assert (unknown.returncode, "did you mean stage.ppo.kl_coef" in unknown.stderr) == (2, True)
     assert list(tmp_path.iterdir()) == []
