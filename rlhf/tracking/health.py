@@ -32,10 +32,12 @@ class History:
     kl_budget: float
     first: dict[str, list[float]] = field(default_factory=dict)
     recent: list[Values] = field(default_factory=list)
+    iterations: int = 0
     evaluations: list[Values] = field(default_factory=list)
 
     def add(self, values: Values) -> None:
         """Take in an iteration's metrics."""
+        self.iterations += 1
         for name, value in values.items():
             if len(known := self.first.setdefault(name, [])) < FIRST:
                 known.append(value)
@@ -117,7 +119,8 @@ def _missing_eos(values: Values, history: History, threshold: float) -> str | No
 
 def _explained_variance(values: Values, history: History, threshold: float) -> str | None:
     now = history.lately("critic/explained_variance")
-    if now < threshold:
+    # A critic that starts from a reward model has to learn first what a score at the end is worth at the beginning.
+    if now < threshold and history.iterations >= FIRST + RECENT:
         return (
             f"the critic explains {now:.2f} of the returns' variance, less than {threshold:g}: it is worse than a "
             "constant; raise stage.critic_optimizer.learning_rate or stage.critic_warmup_iterations"

@@ -106,3 +106,12 @@ def test_an_overflow_that_is_skipped_is_counted_not_called_infinite() -> None:
     overflow = WELL | {"actor/grad_norm": math.nan, "actor/skipped_steps": 0.5}
     assert said(overflow, non_finite=RuleConfig(threshold=0.9)) == set()
     assert said(overflow, non_finite=RuleConfig(threshold=0.4)) == {"non_finite"}
+
+
+def test_a_critic_has_time_to_begin() -> None:
+    history, found = History(kl_budget=10.0), []
+    for _ in range(10):
+        values = WELL | {"critic/explained_variance": -0.3}
+        history.add(values)
+        found.append([finding.rule for finding in examine(values, history, HealthConfig())])
+    assert found == [[]] * 9 + [["explained_variance"]]
