@@ -94,9 +94,7 @@ def test_states_in_the_hosts_memory_change_nothing(two_ranks: dict[str, Any]) ->
     assert two_ranks["offload_difference"] < 2e-5
 
 
-@pytest.mark.parametrize(
-    "name", [f"ema_zero{stage}_fp32" for stage in STAGES] + [f"ema_zero{n}_bf16" for n in (0, 1, 3)]
-)
+@pytest.mark.parametrize("name", [f"ema_zero{stage}_fp32" for stage in STAGES] + [f"ema_zero{n}_bf16" for n in (0, 3)])
 def test_a_sharded_average_equals_one_of_the_whole_weights(two_ranks: dict[str, Any], name: str) -> None:
     facts = two_ranks[name]
     # The model is written in its own format: in bf16 two averages that differ in fp32's last bit may round apart.
@@ -108,7 +106,7 @@ def test_a_sharded_average_equals_one_of_the_whole_weights(two_ranks: dict[str, 
     assert facts["resumed"] == 1.0
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 3])
 def test_objectives_are_added_by_their_weights(two_ranks: dict[str, Any], stage: int) -> None:
     assert two_ranks[f"mixed_zero{stage}"] < 2e-5
 

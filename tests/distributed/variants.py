@@ -192,8 +192,9 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch,
     for stage in (0, 1, 2, 3):
         memory = replace(config.memory, zero_stage=stage)
         facts[f"ema_zero{stage}_fp32"] = ema_facts(folder, memory, role, batch)
-        facts[f"mixed_zero{stage}"] = mixed_difference(folder, memory, role, batch)
-    for stage in (0, 1, 3):
+        if stage in (0, 3):
+            facts[f"mixed_zero{stage}"] = mixed_difference(folder, memory, role, batch)
+    for stage in (0, 3):
         memory = replace(config.memory, zero_stage=stage, precision=type(config.memory.precision).bf16)
         facts[f"ema_zero{stage}_bf16"] = ema_facts(folder, memory, role, batch)
     options: dict[str, Any] = {

@@ -347,21 +347,9 @@ def largest_difference(first: dict[str, Any], second: dict[str, Any]) -> float:
     return max(float((value - second[name]).abs().max()) for name, value in first.items())
 
 
-def main() -> None:
-    """Collect all facts and write them to FOLDER/facts-<ranks>.json (rank 0)."""
-    folder = Path(sys.argv[1])
-    torch.set_num_threads(1)
-    initialize_distributed(timeout_minutes=3)
-    plain = MemoryConfig(zero_stage=0, precision=Precision.fp32)
-    facts: dict[str, Any] = {"padding_error": padding_error(folder)}
-    largest_micro = 8 // world_size()
-    reference, _ = updated_weights(folder, micro=largest_micro, memory=plain)
-    torch.save(reference, folder / f"weights-{world_size()}-{rank()}.pt")
-    start = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).state_dict()
-    facts["moved"] = largest_difference(reference, start)
-    for micro in (1, 2):
-        weights, _ = updated_weights(folder, micro=micro, memory=plain)
-        facts[f"micro_{micro}_difference"] = largest_difference(reference, weights)
+def facts_of_several_ranks(folder: Path, plain: MemoryConfig, reference: dict[str, Any]) -> dict[str, Any]:
+    """What is looked at on two ranks only."""
+    facts: dict[str, Any] = {}
     for stage in (1, 2, 3):
         weights, _ = updated_weights(folder, micro=2, memory=replace(plain, zero_stage=stage))
         facts[f"zero_{stage}_difference"] = largest_difference(reference, weights)
@@ -377,11 +365,29 @@ def main() -> None:
     facts["offload_difference"] = offload_difference(folder, reference)
     for stage in (0, 1):
         facts[f"unbounded_zero{stage}"] = unbounded_step(folder, replace(plain, zero_stage=stage))
+    tokenizer = load_tokenizer(folder / "policy")
+    role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=2)
+    batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
+    return facts | variants.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), batch, role)
+
+
+def main() -> None:
+    """Collect all facts and write them to FOLDER/facts-<ranks>.json (rank 0)."""
+    folder = Path(sys.argv[1])
+    torch.set_num_threads(1)
+    initialize_distributed(timeout_minutes=3)
+    plain = MemoryConfig(zero_stage=0, precision=Precision.fp32)
+    facts: dict[str, Any] = {"padding_error": padding_error(folder)}
+    largest_micro = 8 // world_size()
+    reference, _ = updated_weights(folder, micro=largest_micro, memory=plain)
+    torch.save(reference, folder / f"weights-{world_size()}-{rank()}.pt")
+    start = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).state_dict()
+    facts["moved"] = largest_difference(reference, start)
+    for micro in (1, 2):
+        weights, _ = updated_weights(folder, micro=micro, memory=plain)
+        facts[f"micro_{micro}_difference"] = largest_difference(reference, weights)
     if world_size() > 1:
-        tokenizer = load_tokenizer(folder / "policy")
-        role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=2)
-        batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
-        facts |= variants.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), batch, role)
+        facts |= facts_of_several_ranks(folder, plain, reference)
     if rank() == 0:
         (folder / f"facts-{world_size()}.json").write_text(json.dumps(facts, indent=1))
     shut_down()

@@ -186,9 +186,9 @@ def test_a_server_that_fails_is_one_clear_error(judge: Judge, faults: list[tuple
 
 def test_wrong_addresses_and_kinds_are_found_before_anything_starts() -> None:
     assert "give the scorer's address" in scorer_problems(ScorerConfig(kind="http"))[0]
-    for url in ("http://me:pass@host/", "http://host/?api_key=1"):
+    for url in ("http://me:hunter2@host/", "http://host/?api_key=1"):
         (problem,) = scorer_problems(ScorerConfig(kind="http", url=url))
-        assert "RLHF_SCORER_TOKEN" in problem and "pass" not in problem and "=1" not in problem
+        assert "RLHF_SCORER_TOKEN" in problem and "hunter2" not in problem and "=1" not in problem
     for url in ("http://[bad/score", "http://host:80a/"):
         assert "is no address" in scorer_problems(ScorerConfig(kind="http", url=url))[0]
     assert scorer_kinds() == ["function", "gsm8k", "http", "reward_model"]
