@@ -115,8 +115,9 @@ def _lora(config: Config) -> Iterator[str]:
                 f"lora.rank={lora.rank}: {key}={model.name} names no layers to adapt: give some, as in  "
                 f"lora.targets=[q_proj,v_proj], or leave {', '.join(sorted(used))} out of lora.roles"
             )
-    if lora.dropout > 0 and (config.stage.name == "pipeline" or any(role.generates for role in config.stage.roles())):
-        yield f"lora.dropout={lora.dropout}: PPO needs 0, because the probability ratio must start at 1"
+    trained = {role.name for role in config.stage.roles() if role.optimizer is not None}
+    if lora.dropout > 0 and (config.stage.name == "pipeline" or "actor" in trained):
+        yield f"lora.dropout={lora.dropout}: PPO and DPO need 0: passes of the same policy must agree"
 
 
 def _stage(stage: StageConfig, prefix: str, *, mode: Mode, scored: bool) -> Iterator[str]:

@@ -8,6 +8,7 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ Rows = Iterator[tuple[str, Any] | Refused]
 LONGEST_LINE = 64 * 1024**2
 _BATCH = 1000
 _PIECE = 1024**2
+_SPACE = re.compile(r"\s*")
 _NO_ROWS = ("dataset_info.json", "state.json", "dataset_dict.json")
 
 
@@ -104,37 +106,39 @@ def _json(path: Path, source: str) -> Rows:
 
 def _elements(file: IO[str]) -> Iterator[Any]:
     """The elements of a JSON array, decoded as they come; raises ValueError with the reason."""
-    decoder, text, number = json.JSONDecoder(), file.read(_PIECE).lstrip()[1:], 0
-    while True:
-        text = text.lstrip()
-        more = ""
-        try:
-            if text[:1] == "]":
-                break
-            if number and text[:1] != "," and text:
+    decoder, text, number = json.JSONDecoder(), file.read(_PIECE), 0
+    at = _after_space(text, 0) + 1
+    while not text.startswith("]", start := _after_space(text, at)):
+        if number:
+            if start < len(text) and text[start] != ",":
                 raise ValueError(f"no comma after row {number}")
-            start = len(text) - len(text[1:].lstrip()) if number else 0
+            start = _after_space(text, start + 1)
+        try:
             element, end = decoder.raw_decode(text, start)
-            # A number at the very end may go on in the next piece.
-            complete = end < len(text)
-        except json.JSONDecodeError as error:
-            complete, reason = False, f"row {number + 1}: {error.msg}"
-        else:
             reason = f"row {number + 1} is the last, and there is no ] behind it"
-        if complete:
+        except json.JSONDecodeError as error:
+            end, reason = len(text), f"row {number + 1}: {error.msg}"
+        # A number at the very end may go on in the next piece.
+        if end < len(text):
             yield element
-            text, number = text[end:], number + 1
+            at, number = end, number + 1
             continue
-        more = file.read(max(_PIECE, len(text)))
-        if not more:
-            raise ValueError(reason)
-        if len(text) > LONGEST_LINE:
+        if len(text) - at > LONGEST_LINE:
             raise ValueError(f"row {number + 1} is longer than {LONGEST_LINE // 1024**2} MiB, or {reason}")
-        text += more
-    while rest := text[1:] or file.read(_PIECE):
+        if not (more := file.read(max(_PIECE, len(text) - at))):
+            raise ValueError(reason)
+        text, at = text[at:] + more, 0
+    rest = text[start + 1 :]
+    while rest or (rest := file.read(_PIECE)):
         if rest.strip():
             raise ValueError("there is more behind the array")
-        text = ""
+        rest = ""
+
+
+def _after_space(text: str, at: int) -> int:
+    """The position of what follows white space."""
+    found = _SPACE.match(text, at)
+    return found.end() if found is not None else at
 
 
 def _csv(path: Path, source: str) -> Rows:

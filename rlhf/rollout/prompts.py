@@ -1,12 +1,13 @@
 """From texts to a batch of prompts, for scripts of a user's own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from rlhf.batch import PromptBatch
-from rlhf.data.collate import collate_prompts
+from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
 from rlhf.models.tokenizer import encode_prompts
 
@@ -35,13 +36,10 @@ def prompt_batch(
     for name, values in columns.items():
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
-    rows = [
-        {"prompt_ids": ids, "messages": [{"role": turn.role, "content": turn.content} for turn in own], "source": ""}
-        for ids, own in zip(encode_prompts(tokenizer, turns), turns, strict=True)
-    ]
-    batch = collate_prompts(rows, pad_id=int(tokenizer.pad_token_id))
+    prompt_ids, prompt_mask = pad(encode_prompts(tokenizer, turns), pad_id=int(tokenizer.pad_token_id), left=True)
     records = tuple(
-        {**record, **{name: values[number] for name, values in columns.items()}}
-        for number, record in enumerate(batch.records)
+        {"messages": [asdict(turn) for turn in own], "source": ""}
+        | {name: values[number] for name, values in columns.items()}
+        for number, own in enumerate(turns)
     )
-    return PromptBatch(prompt_ids=batch.prompt_ids, prompt_mask=batch.prompt_mask, records=records)
+    return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask, records=records)

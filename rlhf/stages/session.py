@@ -1,6 +1,6 @@
 """What every stage has at hand on a rank: device, tokenizer, data and the recorder."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rlhf.engine.distributed import (
     seed_everything,
     world_size,
 )
+from rlhf.engine.update import StepResult
 from rlhf.models.lora import add_adapters
 from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
@@ -125,6 +126,26 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
         recorder=Recorder(run_dir, stage=config.stage.name, is_main=is_main, trackers=trackers, total_steps=0),
         accumulator=MetricAccumulator(device=device),
     )
+
+
+def record_step(
+    session: Session, result: StepResult, *, step: int, sources: Mapping[str, int], shown: Sequence[str]
+) -> None:
+    """Reduce the metrics of an optimizer step over the ranks, log them, and show those named. Every rank must call.
+
+    The accumulator holds "train/tokens", the step's tokens on all ranks, beside what else was counted.
+    """
+    values = session.reduced_metrics()
+    values |= {
+        "train/learning_rate": result.learning_rate,
+        "train/grad_norm": result.grad_norm,
+        "train/skipped": float(not result.applied),
+        **session.timing(values.pop("train/tokens")),
+        **{f"data/{name}": float(count) for name, count in sources.items()},
+    }
+    session.recorder.metrics(step, values)
+    told = {name: values[f"train/{name}"] for name in shown}
+    session.recorder.progress(step, told, tokens_per_second=values["time/tokens_per_second"])
 
 
 def count_steps(*, batches_per_epoch: int, epochs: float, max_steps: int | None) -> int:

@@ -5,6 +5,7 @@ nothing or says what it saw. Names are those of the fields of `HealthConfig`.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from statistics import fmean
@@ -31,7 +32,7 @@ class History:
 
     kl_budget: float
     first: dict[str, list[float]] = field(default_factory=dict)
-    recent: list[Values] = field(default_factory=list)
+    recent: deque[Values] = field(default_factory=lambda: deque(maxlen=RECENT))
     iterations: int = 0
     evaluations: list[Values] = field(default_factory=list)
 
@@ -41,7 +42,7 @@ class History:
         for name, value in values.items():
             if len(known := self.first.setdefault(name, [])) < FIRST:
                 known.append(value)
-        self.recent = [*self.recent[1 - RECENT :], values] if RECENT > 1 else [values]
+        self.recent.append(values)
 
     def at_first(self, name: str) -> float:
         """The mean of a metric over the first iterations that have it; NaN if there is none."""
@@ -49,12 +50,8 @@ class History:
 
     def lately(self, name: str) -> float:
         """The mean of a metric over the last iterations; NaN before there are enough of them."""
-        return _mean(self.recent, name) if len(self.recent) >= RECENT else math.nan
-
-
-def _mean(rows: list[Values], name: str) -> float:
-    values = [row[name] for row in rows if name in row]
-    return fmean(values) if values else math.nan
+        values = [row[name] for row in self.recent if name in row]
+        return fmean(values) if len(values) == RECENT else math.nan
 
 
 def _first_ratio(values: Values, history: History, threshold: float) -> str | None:

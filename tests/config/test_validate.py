@@ -10,6 +10,7 @@ from test_compose import LAPTOP, composed, gpu
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.files import write_config
+from rlhf.config.validate import find_problems
 from rlhf.launcher.hardware import Machine, resolve
 from rlhf.planner.memory import substages
 from rlhf.stages.start import check
@@ -69,7 +70,7 @@ def test_the_default_has_no_problem() -> None:
         (["memory.offload_parameters=true"], "memory.offload_parameters=true: needs memory.zero_stage=3"),
         (["lora.rank=0"], "lora.rank=0: must be at least 1"),
         (["lora=r8", "lora.roles=[acter]"], "there is no role acter: did you mean actor?"),
-        (["lora=r8", "lora.dropout=0.1"], "lora.dropout=0.1: PPO needs 0"),
+        (["lora=r8", "lora.dropout=0.1"], "lora.dropout=0.1: PPO and DPO need 0"),
         (["lora=r8", "lora.targets=[q_prj]"], "model=tiny has no q_prj: did you mean q_proj"),
         (["model.architecture.num_layers=-1"], "model.architecture.num_layers=-1: must be at least 0"),
         (["hardware.accelerator=cuda", "mode=plan"], "so say how many to plan with"),
@@ -100,6 +101,12 @@ def test_a_machine_that_is_not_the_hardware_is_described() -> None:
     assert found.startswith("hardware=1xa100: no GPU was found")
     assert problems("stage=sft", "model=opt125m", "hardware=1xa100", "mode=plan") == []
     assert problems("stage=sft", "model=opt125m", "hardware=1xa100", machine=replace(LAPTOP, gpus=(gpu(0),))) == []
+
+
+@pytest.mark.parametrize(("stage", "accepted"), [("sft", True), ("rm", True), ("ppo", False), ("dpo", False)])
+def test_dropout_in_adapters_is_refused_only_where_passes_must_agree(stage: str, accepted: bool) -> None:
+    config = resolve(composed(f"stage={stage}", "lora=r8", "lora.dropout=0.1", "mode=plan"), LAPTOP)
+    assert any("lora.dropout" in problem for problem in find_problems(config)) is not accepted
 
 
 def test_automatic_ranks_divide_every_batch() -> None:

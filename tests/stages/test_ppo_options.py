@@ -6,9 +6,10 @@ import pytest
 
 from rlhf.config.policy import EmaConfig, PtxConfig
 from rlhf.config.schema import OptimizerConfig
+from rlhf.rollout.advantages import estimator
 from rlhf.stages.grpo.config import GRPOConfig
 from rlhf.stages.pipeline.config import PipelineConfig
-from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.ppo.config import ESTIMATORS, NEED_CRITIC, NEED_GROUPS, PPOConfig
 from rlhf.stages.start import reference_problems
 
 
@@ -35,6 +36,11 @@ def problems(**options: object) -> list[str]:
 def test_what_cannot_be_is_said(options: dict[str, object], said: str) -> None:
     (problem,) = problems(**options)
     assert said in problem
+
+
+def test_every_estimator_that_may_be_named_exists() -> None:
+    assert [callable(estimator(name, key="stage.advantage")) for name in ESTIMATORS] == [True] * 4
+    assert {*NEED_CRITIC, *NEED_GROUPS} < set(ESTIMATORS)
 
 
 def test_what_can_be_is_accepted() -> None:

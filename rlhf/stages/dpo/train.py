@@ -20,7 +20,7 @@ from rlhf.rollout.forward import target_logprobs
 from rlhf.stages.dpo.config import DPOConfig
 from rlhf.stages.policy import build_policy, build_reference
 from rlhf.stages.samples import record_samples
-from rlhf.stages.session import Session, count_steps, open_session
+from rlhf.stages.session import Session, count_steps, open_session, record_step
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -66,8 +66,11 @@ class PairLoss:
         self.actor, self.reference, self.vocab_limit = actor, reference, vocab_limit
         self._stage = cast(DPOConfig, session.config.stage)
 
-    def __call__(self, batch: PreferenceBatch) -> tuple[Tensor, DpoStats]:
-        """The summed loss and its statistics. Dropout is off, so that both models differ by training alone."""
+    def __call__(self, batch: PreferenceBatch, *, count: int) -> tuple[Tensor, DpoStats]:
+        """The summed loss of the first `count` pairs and its statistics; all pairs are computed.
+
+        Dropout is off, so that both models differ by training alone.
+        """
         sequence_ids = torch.cat([batch.chosen_ids, batch.rejected_ids])
         attention_mask = torch.cat([batch.chosen_mask, batch.rejected_mask])
         targets = torch.cat([batch.chosen_targets, batch.rejected_targets])
@@ -75,9 +78,10 @@ class PairLoss:
         logprobs = compute(self.actor, sequence_ids, attention_mask, targets)
         with torch.no_grad():
             ref_logprobs = compute(self.reference, sequence_ids, attention_mask, targets)
+        sides = [slice(0, count), slice(len(batch), len(batch) + count)]
         return dpo_loss(
-            logprobs - ref_logprobs,
-            targets[:, 1:],
+            torch.cat([(logprobs - ref_logprobs)[side] for side in sides]),
+            torch.cat([targets[side, 1:] for side in sides]),
             beta=self._stage.beta,
             label_smoothing=self._stage.label_smoothing,
             kind=self._stage.loss.name,
@@ -93,7 +97,7 @@ def train_step(
     batch = batch.to(session.device)
 
     def loss_sum(part: PreferenceBatch) -> Tensor:
-        loss, stats = pairs(part)
+        loss, stats = pairs(part, count=len(part))
         record(session, "train", loss.detach(), stats, count=len(part))
         return loss
 
@@ -103,17 +107,7 @@ def train_step(
             pairs.actor, Objective(micro_batches=micro_batches, loss_sum=loss_sum, num_targets=stage.batch_size)
         )
     session.accumulator.add("train/tokens", (batch.chosen_mask.sum() + batch.rejected_mask.sum()) * session.ranks, 1)
-    values = session.reduced_metrics()
-    values |= {
-        "train/learning_rate": result.learning_rate,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped": float(not result.applied),
-        **session.timing(values.pop("train/tokens")),
-        **{f"data/{name}": float(count) for name, count in sources.items()},
-    }
-    session.recorder.metrics(step, values)
-    shown = {"loss": values["train/loss"], "accuracy": values["train/accuracy"]}
-    session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
+    record_step(session, result, step=step, sources=sources, shown=("loss", "accuracy"))
 
 
 def record(session: Session, group: str, loss: Tensor, stats: DpoStats, *, count: int) -> None:
@@ -141,9 +135,8 @@ def evaluate(session: Session, pairs: PairLoss, *, step: int) -> dict[str, float
     )
     with session.recorder.phase("evaluation"):
         for batch, valid in batches:
-            # What fills up the last batch counts for nothing, but every rank must compute it.
-            loss, stats = pairs(masked_after(batch.to(session.device), valid))
-            record(session, "eval", loss - (len(batch) - valid) * empty_loss(stage), stats, count=valid)
+            loss, stats = pairs(batch.to(session.device), count=valid)
+            record(session, "eval", loss, stats, count=valid)
         values = session.reduced_metrics()
     session.recorder.metrics(step, values)
     session.recorder.line(
@@ -151,23 +144,3 @@ def evaluate(session: Session, pairs: PairLoss, *, step: int) -> dict[str, float
         f"margin {values['eval/margin']:.3f}"
     )
     return values
-
-
-def masked_after(batch: PreferenceBatch, valid: int) -> PreferenceBatch:
-    """The batch without targets from row `valid` on."""
-    batch.chosen_targets[valid:] = False
-    batch.rejected_targets[valid:] = False
-    return batch
-
-
-def empty_loss(stage: DPOConfig) -> float:
-    """The loss of a pair without targets: its log-ratios are 0."""
-    zeros = torch.zeros(2, 1)
-    loss, _ = dpo_loss(
-        zeros,
-        zeros.bool(),
-        beta=stage.beta,
-        label_smoothing=stage.label_smoothing,
-        kind=stage.loss.name,
-    )
-    return float(loss)

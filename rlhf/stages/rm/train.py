@@ -21,7 +21,7 @@ from rlhf.functional.losses import preference_loss
 from rlhf.models.load import ScalarModel, load_scalar_model
 from rlhf.rollout.forward import sequence_scores
 from rlhf.stages.rm.config import RMConfig
-from rlhf.stages.session import Session, adapt, count_steps, enable_checkpointing, open_session
+from rlhf.stages.session import Session, adapt, count_steps, enable_checkpointing, open_session, record_step
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -101,17 +101,7 @@ def train_step(session: Session, engine: Any, batch: PreferenceBatch, *, step: i
         )
     accumulator.add("train/loss", result.loss_sum, len(batch))
     accumulator.add("train/tokens", (batch.chosen_mask.sum() + batch.rejected_mask.sum()) * session.ranks, 1)
-    values = session.reduced_metrics()
-    values |= {
-        "train/learning_rate": result.learning_rate,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped": float(not result.applied),
-        **session.timing(values.pop("train/tokens")),
-        **{f"data/{name}": float(count) for name, count in sources.items()},
-    }
-    session.recorder.metrics(step, values)
-    shown = {"loss": values["train/loss"], "accuracy": values["train/accuracy"]}
-    session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
+    record_step(session, result, step=step, sources=sources, shown=("loss", "accuracy"))
 
 
 @torch.no_grad()

@@ -28,6 +28,7 @@ from rlhf.stages.session import (
     enable_checkpointing,
     global_count,
     open_session,
+    record_step,
 )
 from rlhf.stages.sft.config import SFTConfig
 
@@ -109,17 +110,7 @@ def train_step(
     session.accumulator.add("train/loss", result.loss_sum, targets)
     session.accumulator.add("train/tokens", tokens * session.ranks, 1)
     session.accumulator.add("train/padding_share", places - tokens, places)
-    values = session.reduced_metrics()
-    values |= {
-        "train/learning_rate": result.learning_rate,
-        "train/grad_norm": result.grad_norm,
-        "train/skipped": float(not result.applied),
-        **session.timing(values.pop("train/tokens")),
-        **{f"data/{name}": float(count) for name, count in sources.items()},
-    }
-    session.recorder.metrics(step, values)
-    shown = {"loss": values["train/loss"]}
-    session.recorder.progress(step, shown, tokens_per_second=values["time/tokens_per_second"])
+    record_step(session, result, step=step, sources=sources, shown=("loss",))
 
 
 @torch.no_grad()
