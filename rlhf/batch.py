@@ -124,7 +124,11 @@ class Rollout(TensorBatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Experience(TensorBatch):
-    """A rollout with everything that the update needs."""
+    """A rollout with everything that the update needs.
+
+    `update_order` numbers the rows as the first pass of the update takes them: log-probabilities and values were
+    computed in that pass's micro-batches, so that it begins with a probability ratio of exactly 1.
+    """
 
     sequence_ids: Int[Tensor, "B T"]
     prompt_mask: Bool[Tensor, "B P"]
@@ -136,6 +140,7 @@ class Experience(TensorBatch):
     rewards: Float[Tensor, "B R"]
     advantages: Float[Tensor, "B R"]
     returns: Float[Tensor, "B R"]
+    update_order: Int[Tensor, " B"]
 
     @property
     def rollout(self) -> Rollout:

@@ -45,12 +45,12 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def token_logprobs(
-    logits: Float[Tensor, "B R V"],
-    ids: Int[Tensor, "B R"],
+    logits: Float[Tensor, "*shape V"],
+    ids: Int[Tensor, "*shape"],
     *,
     temperature: float = 1.0,
     chunk_size: int = CHUNK_SIZE,
-) -> Float[Tensor, "B R"]:
+) -> Float[Tensor, "*shape"]:
     """Log-probability in nats of each id under its logits: `log softmax(logits / temperature)[id]`.
 
     The result is fp32 whatever the logits' format (fp64 stays fp64), the gradient has the logits' format. At most
@@ -64,8 +64,8 @@ def token_logprobs(
 
 @torch.no_grad()
 def entropy(
-    logits: Float[Tensor, "B R V"], *, temperature: float = 1.0, chunk_size: int = CHUNK_SIZE
-) -> Float[Tensor, "B R"]:
+    logits: Float[Tensor, "*shape V"], *, temperature: float = 1.0, chunk_size: int = CHUNK_SIZE
+) -> Float[Tensor, "*shape"]:
     """Entropy in nats of each distribution: `-sum_j p_j log p_j`, `p = softmax(logits / temperature)`.
 
     Without gradient, in fp32, over chunks of at most `chunk_size` tokens. Entries of -inf contribute nothing.

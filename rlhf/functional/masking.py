@@ -73,6 +73,17 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
+def left_aligned(
+    ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
+) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
+    """The same tokens in the same order from column 0 on, and their mask: W is the most tokens that a row has."""
+    lengths = mask.sum(dim=1)
+    width = int(lengths.max())
+    # A stable sort brings the real tokens to the front and leaves their order.
+    order = (~mask).to(torch.uint8).argsort(dim=1, stable=True)[:, :width]
+    return ids.gather(1, order), torch.arange(width, device=mask.device) < lengths.unsqueeze(1)
+
+
 def response_mask_from_ids(response_ids: Int[Tensor, "B R"], *, eos_id: int) -> Bool[Tensor, "B R"]:
     """True through each row's first EOS, EOS included; a row without EOS is True everywhere."""
     is_eos = (response_ids == eos_id).long()

@@ -18,6 +18,7 @@ from transformers import (
 )
 
 from rlhf.config.errors import ConfigError
+from rlhf.models.head import make_answerable
 
 
 def load_causal_lm(
@@ -38,6 +39,7 @@ def load_causal_lm(
     )
     fit_embedding(model, tokenizer)
     set_special_tokens(model, tokenizer)
+    make_answerable(model)
     return cast(PreTrainedModel, model)
 
 

@@ -68,6 +68,11 @@ class AdaptersOff:
     def __init__(self, engine: Any) -> None:
         self.engine = engine
 
+    @property
+    def module(self) -> Any:
+        """The engine's model."""
+        return self.engine.module
+
     def __call__(self, *arguments: Any, **options: Any) -> Any:
         """What the engine returns, computed without adapters."""
         with adapters_off(self.engine.module):

@@ -1,6 +1,6 @@
 """Forward passes over sampled sequences. Training, scoring and evaluation call the same functions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -8,73 +8,79 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.batch import PackedBatch, Rollout, SFTBatch
-from rlhf.functional.logprobs import entropy, token_logprobs
 from rlhf.functional.losses import sft_loss
-from rlhf.functional.masking import block_causal_bias, last_true_index, position_ids
+from rlhf.functional.masking import block_causal_bias, last_true_index, left_aligned, position_ids
+from rlhf.models.head import Places, logprobs_at
 
 
-def response_logits(engine: Any, rollout: Rollout, *, vocab_limit: int) -> Float[Tensor, "B R V"]:
-    """The logits from which each response token was drawn, in the engine's format.
-
-    Token P+i is predicted at position P+i-1; the model computes only those R positions' logits. Entries beyond the
-    tokenizer's vocabulary are cut off: they are padding of the embedding.
-    """
-    response_length = rollout.response_mask.shape[1]
-    mask = rollout.attention_mask
-    logits: Tensor = engine(
-        input_ids=rollout.sequence_ids,
-        attention_mask=mask,
-        position_ids=position_ids(mask),
-        use_cache=False,
-        logits_to_keep=response_length + 1,
-    ).logits
-    return logits[:, :-1, :vocab_limit]
+def compact_inputs(sequence_ids: Int[Tensor, "B T"], attention_mask: Bool[Tensor, "B T"]) -> dict[str, Tensor]:
+    """What a model takes of sequences: their tokens without the padding that they share."""
+    ids, mask = left_aligned(sequence_ids, attention_mask)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
-def response_logprobs(engine: Any, rollout: Rollout, *, temperature: float, vocab_limit: int) -> Float[Tensor, "B R"]:
-    """Log-probability of each response token under the sampling temperature, fp32; 0 outside the response mask."""
-    logits = response_logits(engine, rollout, vocab_limit=vocab_limit)
-    logprobs = token_logprobs(logits, rollout.response_ids.clamp(max=vocab_limit - 1), temperature=temperature)
-    return torch.where(rollout.response_mask, logprobs, 0.0)
+def response_places(rollout: Rollout) -> tuple[Int[Tensor, " N"], Int[Tensor, " N"]]:
+    """Row and column, in the compact sequences, of the states before each of the N response tokens."""
+    rows, steps = rollout.response_mask.nonzero(as_tuple=True)
+    return rows, rollout.prompt_mask.sum(dim=1)[rows] + steps - 1
 
 
 def response_logprobs_and_entropy(
     engine: Any, rollout: Rollout, *, temperature: float, vocab_limit: int
 ) -> tuple[Float[Tensor, "B R"], Float[Tensor, "B R"]]:
-    """`response_logprobs` and, without gradient, the entropy of each token's distribution in nats."""
-    logits = response_logits(engine, rollout, vocab_limit=vocab_limit)
-    logprobs = token_logprobs(logits, rollout.response_ids.clamp(max=vocab_limit - 1), temperature=temperature)
-    spread = entropy(logits.detach(), temperature=temperature)
-    mask = rollout.response_mask
-    return torch.where(mask, logprobs, 0.0), torch.where(mask, spread, 0.0)
+    """Log-probability of each response token under the sampling temperature, and each distribution's entropy, in nats.
+
+    Both are fp32 and 0 outside the response mask; entropies have no gradient. Logits beyond the tokenizer's vocabulary
+    are padding of the embedding and have no probability.
+    """
+    rows, columns = response_places(rollout)
+    logprobs, entropy = logprobs_at(
+        engine,
+        compact_inputs(rollout.sequence_ids, rollout.attention_mask),
+        Places(rows=rows, columns=columns, ids=rollout.response_ids[rollout.response_mask]),
+        temperature=temperature,
+        vocab_limit=vocab_limit,
+    )
+    return spread(logprobs, rollout.response_mask), spread(entropy, rollout.response_mask)
+
+
+def response_logprobs(engine: Any, rollout: Rollout, *, temperature: float, vocab_limit: int) -> Float[Tensor, "B R"]:
+    """The first part of `response_logprobs_and_entropy`."""
+    return response_logprobs_and_entropy(engine, rollout, temperature=temperature, vocab_limit=vocab_limit)[0]
 
 
 def response_values(engine: Any, rollout: Rollout) -> Float[Tensor, "B R"]:
     """The critic's value of the state before each response token, fp32; 0 outside the response mask."""
-    mask = rollout.attention_mask
-    values: Tensor = engine(input_ids=rollout.sequence_ids, attention_mask=mask, position_ids=position_ids(mask))
-    prompt_length = rollout.prompt_mask.shape[1]
-    return torch.where(rollout.response_mask, values[:, prompt_length - 1 : -1], 0.0)
+    values: Tensor = engine(**compact_inputs(rollout.sequence_ids, rollout.attention_mask))
+    return spread(values[response_places(rollout)], rollout.response_mask)
+
+
+def spread(values: Float[Tensor, " N"], mask: Bool[Tensor, "B R"]) -> Float[Tensor, "B R"]:
+    """The values, in order, where the mask is True; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
 
 
 def sequence_scores(engine: Any, sequence_ids: Tensor, attention_mask: Tensor) -> Float[Tensor, " B"]:
     """The reward model's scalar at each sequence's last real token, fp32, whichever side is padded."""
-    scalars: Tensor = engine(
-        input_ids=sequence_ids, attention_mask=attention_mask, position_ids=position_ids(attention_mask)
-    )
-    return scalars.gather(1, last_true_index(attention_mask).unsqueeze(1)).squeeze(1)
+    inputs = compact_inputs(sequence_ids, attention_mask)
+    scalars: Tensor = engine(**inputs)
+    return scalars.gather(1, last_true_index(inputs["attention_mask"]).unsqueeze(1)).squeeze(1)
 
 
 def next_token_loss(engine: Any, batch: SFTBatch | PackedBatch, *, vocab_limit: int) -> Float[Tensor, ""]:
     """Summed next-token loss over the target tokens of a micro-batch, in nats."""
+    inputs: Mapping[str, Tensor]
     if isinstance(batch, PackedBatch):
-        mask: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
-        positions = batch.position_ids
+        bias: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
+        inputs = {"input_ids": batch.sequence_ids, "attention_mask": bias, "position_ids": batch.position_ids}
     else:
-        mask, positions = batch.attention_mask, position_ids(batch.attention_mask)
-    logits = engine(input_ids=batch.sequence_ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
-    logprobs = token_logprobs(logits[:, :-1, :vocab_limit], batch.sequence_ids[:, 1:])
-    return sft_loss(logprobs, batch.loss_mask[:, 1:])
+        mask = batch.attention_mask
+        inputs = {"input_ids": batch.sequence_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
+    targets = batch.loss_mask[:, 1:]
+    rows, columns = targets.nonzero(as_tuple=True)
+    places = Places(rows=rows, columns=columns, ids=batch.sequence_ids[:, 1:][targets])
+    logprobs, _ = logprobs_at(engine, inputs, places, vocab_limit=vocab_limit)
+    return sft_loss(spread(logprobs, targets), targets)
 
 
 def target_logprobs(
@@ -86,20 +92,26 @@ def target_logprobs(
     vocab_limit: int,
 ) -> Float[Tensor, "B T-1"]:
     """Log-probability of tokens 1 to T-1 of whole sequences, fp32; 0 where a token is no target."""
-    logits = engine(
-        input_ids=sequence_ids,
-        attention_mask=attention_mask,
-        position_ids=position_ids(attention_mask),
-        use_cache=False,
-    ).logits
-    following = sequence_ids[:, 1:].clamp(max=vocab_limit - 1)
-    return torch.where(targets[:, 1:], token_logprobs(logits[:, :-1, :vocab_limit], following), 0.0)
+    following = targets[:, 1:]
+    rows, columns = following.nonzero(as_tuple=True)
+    logprobs, _ = logprobs_at(
+        engine,
+        {"input_ids": sequence_ids, "attention_mask": attention_mask, "position_ids": position_ids(attention_mask)},
+        Places(rows=rows, columns=columns, ids=sequence_ids[:, 1:][following]),
+        vocab_limit=vocab_limit,
+    )
+    return spread(logprobs, following)
 
 
 @torch.no_grad()
-def in_micro_batches(compute: Callable[[Rollout], Tensor], rollout: Rollout, *, micro_batch_size: int) -> Tensor:
-    """Concatenate what `compute` returns for consecutive micro-batches, without gradient.
+def in_groups(
+    compute: Callable[[Rollout], Tensor], rollout: Rollout, groups: Sequence[Int[Tensor, " n"]]
+) -> Float[Tensor, "B ..."]:
+    """What `compute` returns for each row, without gradient, computed for one group of rows after the other.
 
-    The shapes are those of the training passes, so that both compute the same numbers.
+    Every row is in one group. Numbers depend a little on the shapes that they are computed in, so a training pass over
+    the same groups gives the same ones.
     """
-    return torch.cat([compute(part) for part in rollout.split(micro_batch_size)])
+    order = torch.cat(list(groups)).to(rollout.sequence_ids.device)
+    computed = torch.cat([compute(rollout.rows(group)) for group in groups])
+    return torch.empty_like(computed).index_copy_(0, order, computed)

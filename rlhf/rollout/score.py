@@ -13,7 +13,8 @@ from rlhf.config.errors import DataError
 from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
 from rlhf.models.tokenizer import encode_prompts
-from rlhf.rollout.forward import in_micro_batches, sequence_scores
+from rlhf.rollout.forward import in_groups, sequence_scores
+from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.scorers import ScoreFunction, checked_scores
 from rlhf.rollout.shaping import Scorer
 
@@ -38,10 +39,10 @@ class RewardModelScorer:
         if self.reward_tokenizer is not None:
             raw = self._raw_of_text(prompts, rollout, self.reward_tokenizer)
         else:
-            raw = in_micro_batches(
+            raw = in_groups(
                 lambda part: sequence_scores(self.engine, part.sequence_ids, part.attention_mask),
                 rollout,
-                micro_batch_size=self.micro_batch_size,
+                equal_groups(rollout.attention_mask.sum(dim=1), self.micro_batch_size),
             )
         return (raw - self.mean) / self.std
 

@@ -13,8 +13,9 @@ from rlhf.data.judge import Judge, fit_judge
 from rlhf.data.loader import eval_batches
 from rlhf.engine.distributed import gather_objects
 from rlhf.functional.kl import per_sequence_kl
-from rlhf.rollout.forward import in_micro_batches, response_logprobs
+from rlhf.rollout.forward import in_groups, response_logprobs
 from rlhf.rollout.generate import generate
+from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.score import ended_with_eos, response_texts
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
@@ -87,7 +88,7 @@ class Evaluator:
         )
         ended = ended_with_eos(rollout, eos_id=self.session.eos_id)
         logprobs, reference = (
-            in_micro_batches(
+            in_groups(
                 partial(
                     response_logprobs,
                     model,
@@ -95,7 +96,7 @@ class Evaluator:
                     vocab_limit=engine.vocab_limit,
                 ),
                 rollout,
-                micro_batch_size=trainer.stage.micro_batch_size_per_gpu,
+                equal_groups(rollout.attention_mask.sum(dim=1), trainer.stage.micro_batch_size_per_gpu),
             )
             for model in (engine.actor, engine.reference)
         )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,13 +20,14 @@ from rlhf.functional.masking import masked_moments, masked_sum, masked_whiten
 from rlhf.functional.rewards import token_rewards
 from rlhf.rollout.advantages import Estimator, Signals, estimator
 from rlhf.rollout.forward import (
-    in_micro_batches,
+    in_groups,
     next_token_loss,
     response_logprobs,
     response_logprobs_and_entropy,
     response_values,
 )
 from rlhf.rollout.generate import generate
+from rlhf.rollout.grouping import micro_batches
 from rlhf.rollout.score import ended_with_eos
 from rlhf.rollout.shaping import Scorer
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
@@ -115,9 +117,11 @@ class DeepSpeedPPOTrainer:
         with phase("scoring"):
             ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
             scores = self.shaping(self.scorer(prompts, rollout), rollout, ended, all_reduce=all_reduce_sum)
-            old_logprobs = self._logprobs(engine.actor, rollout)
-            ref_logprobs = self._logprobs(engine.reference, rollout)
-            values = None if engine.critic is None else self._values(rollout)
+            order = torch.randperm(len(rollout), generator=self._shuffle)
+            groups = [group for mini_batch in self._groups(rollout, order) for group in mini_batch]
+            old_logprobs = self._logprobs(engine.actor, rollout, groups)
+            ref_logprobs = self._logprobs(engine.reference, rollout, groups)
+            values = None if engine.critic is None else self._values(rollout, groups)
         in_reward = self.kl_coef if stage.kl_placement is KlPlacement.reward else 0.0
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask, kl_coef=in_reward)
         advantages, returns = self._advantages(rewards, scores, rollout.response_mask, values)
@@ -132,6 +136,7 @@ class DeepSpeedPPOTrainer:
             rewards=rewards,
             advantages=advantages,
             returns=returns,
+            update_order=order,
         )
         self._record_rollout(experience, ended)
         return experience
@@ -147,9 +152,9 @@ class DeepSpeedPPOTrainer:
         """
         totals = torch.zeros(3)
         with self._phase("training"):
-            for index, mini_batch in enumerate(self._mini_batches(experience)):
-                num_tokens = float(all_reduce_sum(mini_batch.response_mask.sum().float()))
-                micro_batches = mini_batch.split(self.stage.micro_batch_size_per_gpu)
+            for index, micro_batches in enumerate(self._mini_batches(experience)):
+                tokens = torch.stack([part.response_mask.sum() for part in micro_batches]).sum()
+                num_tokens = float(all_reduce_sum(tokens.float()))
                 if self.engine.critic is not None:
                     objective = Objective(
                         micro_batches=micro_batches, loss_sum=self._critic_loss, num_targets=num_tokens
@@ -160,7 +165,7 @@ class DeepSpeedPPOTrainer:
                 if self.iteration > self.stage.critic_warmup_iterations:
                     self._first_update = index == 0
                     totals[0] += self._actor_step(micro_batches, num_tokens).cpu()
-                totals[2] += mini_batch.response_mask.sum().cpu()
+                totals[2] += tokens.cpu()
         self._adapt_kl_coef(experience)
         return float(totals[0] / totals[2]), float(totals[1] / totals[2])
 
@@ -229,13 +234,26 @@ class DeepSpeedPPOTrainer:
     def _phase(self, name: str) -> AbstractContextManager[None]:
         return self._recorder.phase(name) if self._recorder is not None else nullcontext()
 
-    def _mini_batches(self, experience: Experience) -> Iterator[Experience]:
-        """This rank's share of each mini-batch, shuffled anew in every epoch."""
-        share = len(experience) * self.stage.mini_batch_size // self.stage.rollout_batch_size
-        for _ in range(self.stage.ppo_epochs):
-            order = torch.randperm(len(experience), generator=self._shuffle).to(experience.scores.device)
-            for start in range(0, len(experience), share):
-                yield experience.rows(order[start : start + share])
+    def _mini_batches(self, experience: Experience) -> Iterator[list[Experience]]:
+        """The micro-batches of each optimizer step: this rank's rows, shuffled anew in every pass over them."""
+        rollout = experience.rollout
+        for epoch in range(self.stage.ppo_epochs):
+            order = experience.update_order
+            if epoch:
+                order = torch.randperm(len(experience), generator=self._shuffle)
+            for groups in self._groups(rollout, order):
+                parts = [experience.rows(group) for group in groups]
+                tokens = sum(int(part.rollout.attention_mask.sum()) for part in parts)
+                places = sum(len(part) * int(part.rollout.attention_mask.sum(dim=1).max()) for part in parts)
+                self.metrics.add("actor/padding_share", float(places - tokens), places)
+                yield parts
+
+    def _groups(self, rollout: Rollout, order: Tensor) -> list[list[Tensor]]:
+        """The rows of the micro-batches of each mini-batch of a pass that takes the rows in the given order."""
+        share = len(rollout) * self.stage.mini_batch_size // self.stage.rollout_batch_size
+        lengths = rollout.attention_mask.sum(dim=1).cpu()
+        size = self.stage.micro_batch_size_per_gpu
+        return [micro_batches(rows, lengths, size=size) for rows in torch.split(order, share)]
 
     def _actor_loss(self, part: Experience) -> Tensor:
         logprobs, entropy = response_logprobs_and_entropy(
@@ -278,19 +296,14 @@ class DeepSpeedPPOTrainer:
         self.metrics.add("critic/clip_fraction", stats.clipped, tokens)
         return loss
 
-    def _values(self, rollout: Rollout) -> Tensor:
-        return self._in_micro_batches(lambda part: response_values(self.engine.critic, part), rollout)
+    def _values(self, rollout: Rollout, groups: list[Tensor]) -> Tensor:
+        return in_groups(lambda part: response_values(self.engine.critic, part), rollout, groups)
 
-    def _logprobs(self, engine: Any, rollout: Rollout) -> Tensor:
-        return self._in_micro_batches(
-            lambda part: response_logprobs(
-                engine, part, temperature=self.sampling.temperature, vocab_limit=self.engine.vocab_limit
-            ),
-            rollout,
+    def _logprobs(self, engine: Any, rollout: Rollout, groups: list[Tensor]) -> Tensor:
+        compute = partial(
+            response_logprobs, engine, temperature=self.sampling.temperature, vocab_limit=self.engine.vocab_limit
         )
-
-    def _in_micro_batches(self, compute: Any, rollout: Rollout) -> Tensor:
-        return in_micro_batches(compute, rollout, micro_batch_size=self.stage.micro_batch_size_per_gpu)
+        return in_groups(compute, rollout, groups)
 
     def _record_rollout(self, experience: Experience, ended: Tensor) -> None:
         mask, rows = experience.response_mask, len(experience)
