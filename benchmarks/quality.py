@@ -1,7 +1,7 @@
-"""Does the default learn? Runs the pipeline for several seeds and holds the results against stated goals.
+"""Does a model learn? Runs the pipeline for several seeds and holds the results against stated goals.
 
-`python benchmarks/quality.py [--seeds 1 2 3] [overrides …]` writes benchmarks/results/quality.md and quality.json. Each
-seed is a full `python launch.py seed=N` in a directory of its own; finished ones are read, not run again.
+`python benchmarks/quality.py [--model tiny] [--seeds 1 2 3] [overrides …]` writes
+benchmarks/results/quality-MODEL.md and .json. Each seed is a full `python launch.py seed=N` in a directory of its own; finished ones are read, not run again.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["model=smollm2-135m", "lora=r8"]}
 
 
 def run_seed(seed: int, overrides: list[str], folder: Path) -> Path:
@@ -55,35 +56,51 @@ def figures(run_dir: Path, bigram: float) -> dict[str, float]:
         "length after": after["eval/response_length"],
         "length change (%)": 100 * (after["eval/response_length"] / before["eval/response_length"] - 1),
         "EOS rate after (%)": 100 * after["eval/eos_rate"],
+        "perplexity of the answers under the SFT model before": before["eval/reference_perplexity"],
+        "perplexity of the answers under the SFT model after": after["eval/reference_perplexity"],
+        "loss on held-out text before": before["eval/text_loss"],
+        "loss on held-out text after": after["eval/text_loss"],
         "KL per sequence": after["eval/kl_per_sequence"],
+        **{f"{name} seconds": stage["seconds"] for name, stage in (("SFT", sft), ("RM", rm), ("PPO", ppo))},
         "training seconds": sft["seconds"] + rm["seconds"] + ppo["seconds"],
         "launch.py seconds": float((run_dir / "wall_seconds").read_text()),
     }
 
 
-def goals(row: dict[str, float], kl_budget: float) -> dict[str, bool]:
+def goals(row: dict[str, float], *, model: str, kl_budget: float) -> dict[str, bool]:
     """What has to hold for every seed."""
-    return {
-        "perplexity falls at least tenfold": row["perplexity before"] >= 10 * row["perplexity after"],
-        "perplexity beats the bigram model": row["perplexity after"] < row["bigram perplexity"],
-        "RM accuracy at least 0.68": row["RM accuracy"] >= 0.68,
+    judge_rise = row["judge positive after (%)"] - row["judge positive before (%)"]
+    always = {
         "score rises by at least 1.0 SFT standard deviation": row["score rise in SFT standard deviations"] >= 1.0,
-        "judge's positive share rises by at least 15 points": (
-            row["judge positive after (%)"] - row["judge positive before (%)"] >= 15
-        ),
         "length stays within 40 %": abs(row["length change (%)"]) <= 40,
         "at least 80 % end with EOS": row["EOS rate after (%)"] >= 80,
         f"KL per sequence under the budget of {kl_budget:g} nats": row["KL per sequence"] < kl_budget,
     }
+    if model == "tiny":
+        return {
+            "perplexity falls at least tenfold": row["perplexity before"] >= 10 * row["perplexity after"],
+            "perplexity beats the bigram model": row["perplexity after"] < row["bigram perplexity"],
+            "RM accuracy at least 0.68": row["RM accuracy"] >= 0.68,
+            "judge's positive share rises by at least 15 points": judge_rise >= 15,
+            **always,
+        }
+    perplexity = "perplexity of the answers under the SFT model"
+    return {
+        "RM accuracy at least 0.80": row["RM accuracy"] >= 0.80,
+        "judge's positive share rises by at least 25 points": judge_rise >= 25,
+        "answers stay fluent: perplexity at most twice the start": row[f"{perplexity} after"]
+        <= 2 * row[f"{perplexity} before"],
+        "launch.py takes at most 60 minutes": row["launch.py seconds"] <= 3600,
+        **always,
+    }
 
 
-def table(rows: dict[int, dict[str, float]], kl_budget: float, facts: dict[str, Any]) -> str:
+def table(rows: dict[int, dict[str, float]], verdicts: dict[int, dict[str, bool]], facts: dict[str, Any]) -> str:
     """The results as Markdown."""
     seeds = list(rows)
     head = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " |", "|---|" + "---:|" * len(seeds)]
     names = list(rows[seeds[0]])
     body = [f"| {name} | " + " | ".join(f"{rows[seed][name]:.3g}" for seed in seeds) + " |" for name in names]
-    verdicts = {seed: goals(rows[seed], kl_budget) for seed in seeds}
     checks = [
         f"| {goal} | " + " | ".join("yes" if verdicts[seed][goal] else "**no**" for seed in seeds) + " |"
         for goal in verdicts[seeds[0]]
@@ -95,12 +112,15 @@ def table(rows: dict[int, dict[str, float]], kl_budget: float, facts: dict[str, 
 def main() -> int:
     """Run, collect, judge; exit code 1 if a goal is missed."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--folder", type=Path, default=ROOT / "runs" / "quality")
+    parser.add_argument("--folder", type=Path, help="where the runs are: runs/quality-MODEL")
     parser.add_argument("overrides", nargs="*", help="configuration overrides as for launch.py")
     options = parser.parse_args()
-    bigram = bigram_perplexity(options.overrides)
-    directories = {seed: run_seed(seed, options.overrides, options.folder.resolve()) for seed in options.seeds}
+    folder = (options.folder or ROOT / "runs" / f"quality-{options.model}").resolve()
+    overrides = [*MODELS[options.model], *options.overrides]
+    bigram = bigram_perplexity(overrides)
+    directories = {seed: run_seed(seed, overrides, folder) for seed in options.seeds}
     rows = {seed: figures(directory, bigram) for seed, directory in directories.items()}
     first = directories[options.seeds[0]]
     summary = json.loads((first / "ppo" / "summary.json").read_text())
@@ -120,11 +140,14 @@ def main() -> int:
     }
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
-    (results / "quality.json").write_text(json.dumps({"facts": facts, "seeds": rows}, indent=1), encoding="utf-8")
-    text = table(rows, kl_budget, facts)
-    (results / "quality.md").write_text(text, encoding="utf-8")
+    verdicts = {seed: goals(row, model=options.model, kl_budget=kl_budget) for seed, row in rows.items()}
+    content = {"facts": facts, "seeds": rows, "goals": verdicts}
+    target = results / f"quality-{options.model}.json"
+    target.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    text = table(rows, verdicts, facts)
+    target.with_suffix(".md").write_text(text, encoding="utf-8")
     print(text)
-    return 0 if all(all(goals(row, kl_budget).values()) for row in rows.values()) else 1
+    return 0 if all(all(met.values()) for met in verdicts.values()) else 1
 
 
 if __name__ == "__main__":

@@ -74,6 +74,13 @@ class Normalize(Enum):
     off = "off"
 
 
+class PtxMode(Enum):
+    """How the pretraining mix is weighted."""
+
+    coef = "coef"
+    grad_ratio = "grad_ratio"
+
+
 class KlPlacement(Enum):
     """Where the divergence from the reference is punished."""
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rlhf.config.choices import Normalize as Normalize
+from rlhf.config.choices import PtxMode as PtxMode
 from rlhf.config.choices import RuleAction as RuleAction
 from rlhf.config.fields import option, option_factory
 
@@ -83,7 +84,12 @@ class EmaConfig:
 class PtxConfig:
     """Next-token loss on pretraining text in PPO's optimizer steps (Ouyang et al. 2022, equation 2: PPO-ptx)."""
 
-    coef: float = option(0.0, "Weight of the mean loss per token; 0 turns it off.", minimum=0)
+    coef: float = option(0.0, "Weight of the mean loss per token, or share of the norm; 0 turns it off.", minimum=0)
+    mode: PtxMode = option(
+        PtxMode.coef,
+        "coef: the loss has the weight coef. grad_ratio: the weight is such that the text's gradient has coef times "
+        "the norm of the policy's (running means of both; the first step takes coef itself as the weight).",
+    )
     batch_size: int | None = option(
         None, "Sequences of text per optimizer step, over all ranks; null: as many as mini_batch_size.", minimum=1
     )

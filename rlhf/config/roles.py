@@ -38,11 +38,13 @@ class Role:
 def roles_of(config: Config, stage: StageConfig) -> list[Role]:
     """The models that a stage keeps.
 
-    Without the reference where the actor with its adapters off is the reference; with as many reward models as score.
+    Without the reference where the actor with its adapters off is the reference, that is, where nothing else of it is
+    trained; with as many reward models as score.
     """
     roles = []
     for role in stage.roles():
-        if role.name == "reference" and config.lora.adapts(stage=stage.name, role="actor"):
+        adapted = config.lora.only_lora and config.lora.adapts(stage=stage.name, role="actor")
+        if role.name == "reference" and adapted:
             continue
         if role.name != REWARD_MODEL:
             roles.append(role)

@@ -300,6 +300,11 @@ class LoraConfig:
     targets: list[str] | None = option(
         None, "Names of the linear layers to adapt; null takes the model's lora_targets."
     )
+    only_lora: bool = option(
+        True,
+        "Train the adapters alone (and a scalar head). false: norms and embeddings, too (Chen et al. 2024, LongLoRA); "
+        "the reference of a policy is then a copy of its own.",
+    )
     roles: list[str] = option_factory(
         lambda: ["sft", "rm", "actor", "critic"],
         "What is adapted: sft and rm (the model of that stage), actor, critic.",

@@ -107,6 +107,8 @@ def _lora(config: Config) -> Iterator[str]:
         if role not in known:
             yield f"lora.roles={lora.roles}: there is no role {role}{did_you_mean(role, known)}"
     if lora.rank is None:
+        if not lora.only_lora:
+            yield "lora.only_lora=false: there are no adapters, so that all weights are trained; give lora.rank, too"
         return
     for key, model in {"model": config.model, "reward_model": config.reward_model}.items():
         used = set(lora.roles) & ({"sft", "actor"} if key == "model" else {"rm", "critic"})

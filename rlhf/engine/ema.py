@@ -9,7 +9,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor, nn
 
-from rlhf.engine.distributed import all_gather_flat, all_reduce_sum, rank, world_size
+from rlhf.engine.distributed import all_gather_flat, all_reduce_sum
+from rlhf.engine.shards import extent
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,30 +34,21 @@ def master_shards(engine: Any) -> list[Shard]:
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     whole = _whole_masters(engine.optimizer)
     shards = [_shard(parameter, engine, whole) for parameter in trained]
-    found = [shard for shard in shards if shard is not None and shard.numel > 0]
+    found = [shard for shard in shards if shard.numel > 0]
     assert all(shard.master.dtype == torch.float32 for shard in found), "these are not the weights that are stepped"
     return found
 
 
-def _shard(parameter: Any, engine: Any, whole: dict[nn.Parameter, Tensor]) -> Shard | None:
+def _shard(parameter: Any, engine: Any, whole: dict[nn.Parameter, Tensor]) -> Shard:
+    offset, numel = extent(parameter)
     if hasattr(parameter, "ds_id"):
         partition, _ = engine.optimizer._get_fp32_opt_state_partition(parameter, release_swap_buffers=True)
-        offset = rank() * partition.numel()
-        numel = max(0, min(partition.numel(), parameter.ds_numel - offset))
-        return Shard(parameter=parameter, offset=offset, numel=numel, master=partition[:numel])
-    if hasattr(parameter, "_hp_mapping"):
-        mapping = parameter._hp_mapping
-        if mapping is None:  # Other ranks hold all of it.
-            return None
-        address = mapping.lp_fragment_address
-        return Shard(
-            parameter=parameter, offset=address.start, numel=address.numel, master=mapping.hp_fragment.detach()
-        )
-    master = whole.get(parameter, parameter).detach().view(-1)
-    size = -(-master.numel() // world_size())
-    offset = min(rank() * size, master.numel())
-    numel = min(size, master.numel() - offset)
-    return Shard(parameter=parameter, offset=offset, numel=numel, master=master[offset : offset + numel])
+        master = partition[:numel]
+    elif hasattr(parameter, "_hp_mapping"):
+        master = parameter._hp_mapping.hp_fragment.detach() if numel else torch.zeros(0)
+    else:
+        master = whole.get(parameter, parameter).detach().view(-1)[offset : offset + numel]
+    return Shard(parameter=parameter, offset=offset, numel=numel, master=master)
 
 
 def _whole_masters(optimizer: Any) -> dict[nn.Parameter, Tensor]:

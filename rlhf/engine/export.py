@@ -64,7 +64,7 @@ def export_adapter(model: PreTrainedModel, weights: dict[str, Tensor], directory
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     save_file(
-        {name: value.contiguous() for name, value in adapter_weights(weights).items()},
+        {name: value.contiguous().clone() for name, value in adapter_weights(model, weights).items()},
         partial / "adapter_model.safetensors",
     )
     adapter_config(model, base=str(model.config._name_or_path or "")).save_pretrained(str(partial))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf.engine.distributed import world_size
+from rlhf.engine.shards import GradientShares
 
 MicroBatch = TypeVar("MicroBatch")
 
@@ -29,9 +30,13 @@ class Objective(Generic[MicroBatch]):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepResult:
-    """What came of an optimizer step on this rank: each objective's loss sum, and what DeepSpeed did."""
+    """What came of an optimizer step on this rank: each objective's loss sum, and what DeepSpeed did.
+
+    `own_norms` are the norms of two objectives' gradients, each without its weight; empty where they were not measured.
+    """
 
     loss_sums: tuple[Tensor, ...]
+    own_norms: tuple[float, ...]
     grad_norm: float
     learning_rate: float
     applied: bool
@@ -49,6 +54,7 @@ def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
     The gradient of the step is the sum over the objectives of weight * d(sum of all ranks' and micro-batches'
     losses)/d(weights) / num_targets, however the batches are cut: each micro-batch's sum is scaled by weight *
     world_size * accumulation_steps / num_targets, which undoes DeepSpeed's mean over ranks and accumulation steps.
+    Two objectives' gradients are measured apart, except under ZeRO-1 and 2 with their optimizer on the host.
 
     Args:
         engine: a DeepSpeed engine with an optimizer.
@@ -63,12 +69,17 @@ def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
     assert len(parts) == accumulation_steps, "the micro-batches must fill exactly one optimizer step"
     learning_rate = float(engine.get_lr()[0])
     totals = [torch.zeros((), device=engine.device) for _ in objectives]
+    apart = _Apart(engine, objectives) if len(objectives) == 2 and GradientShares.readable(engine) else None
     own_norm: float | None = None
     for number, (index, part) in enumerate(parts):
         objective = objectives[index]
-        scale = objective.weight * world_size() * accumulation_steps / max(objective.num_targets, 1.0)
+        if apart is not None:
+            apart.before_backward(number)
         loss = objective.loss_sum(part)
+        scale = objective.weight * world_size() * accumulation_steps / max(objective.num_targets, 1.0)
         engine.backward(loss * scale)
+        if apart is not None:
+            apart.after_backward(number)
         if number == accumulation_steps - 1 and _steps_unguarded(engine):
             own_norm = _own_norm(engine)
         if own_norm is None or math.isfinite(own_norm):
@@ -79,11 +90,46 @@ def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
     norm = engine.get_global_grad_norm() if own_norm is None else own_norm
     return StepResult(
         loss_sums=tuple(totals),
+        own_norms=apart.norms if apart is not None else (),
         grad_norm=float(norm) if norm is not None else math.nan,
         learning_rate=learning_rate,
         applied=(own_norm is None or math.isfinite(own_norm)) and bool(engine.was_step_applied()),
         loss_scale=float(engine.optimizer.loss_scale) if engine.fp16_enabled() else None,
     )
+
+
+class _Apart:
+    """Reads the reduced gradient of the first of two objectives before the second one's is added to it."""
+
+    def __init__(self, engine: Any, objectives: Sequence[Objective[Any]]) -> None:
+        self._engine, self._shares = engine, GradientShares(engine)
+        self._weights = [objective.weight for objective in objectives]
+        self._ends = [len(objectives[0].micro_batches) - 1, sum(len(one.micro_batches) for one in objectives) - 1]
+        self._first: list[Tensor] = []
+        self.norms: tuple[float, ...] = ()
+
+    def before_backward(self, number: int) -> None:
+        """The gradients of an objective's last micro-batch are reduced as if a step came."""
+        self._engine.set_gradient_accumulation_boundary(number in self._ends)
+
+    def after_backward(self, number: int) -> None:
+        """Measure at the end of an objective; the gradient of a step is the sum of both."""
+        if number == self._ends[0]:
+            self._first = [share.clone() for share in self._shares.read()]
+            self._note(self._first, self._weights[0])
+            self._engine.set_gradient_accumulation_boundary(False)
+        elif number == self._ends[1]:
+            shares = self._shares.read()
+            if self._shares.accumulates:
+                pairs = zip(shares, self._first, strict=True)
+                self._note([share - first for share, first in pairs], self._weights[1])
+                return
+            self._note(shares, self._weights[1])
+            for share, first in zip(shares, self._first, strict=True):
+                share.add_(first)
+
+    def _note(self, shares: list[Tensor], weight: float) -> None:
+        self.norms = (*self.norms, self._shares.norm(shares) / weight)
 
 
 def _steps_unguarded(engine: Any) -> bool:

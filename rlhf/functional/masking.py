@@ -73,9 +73,7 @@ def position_ids(attention_mask: Bool[Tensor, "B T"]) -> Int[Tensor, "B T"]:
     return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)
 
 
-def left_aligned(
-    ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]
-) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
+def left_aligned(ids: Int[Tensor, "B T"], mask: Bool[Tensor, "B T"]) -> tuple[Int[Tensor, "B W"], Bool[Tensor, "B W"]]:
     """The same tokens in the same order from column 0 on, and their mask: W is the most tokens that a row has."""
     lengths = mask.sum(dim=1)
     width = int(lengths.max())

@@ -17,11 +17,19 @@ _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer
 
 
 def add_adapters(
-    model: PreTrainedModel, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int
+    model: PreTrainedModel,
+    *,
+    rank: int,
+    alpha: float,
+    dropout: float,
+    targets: Sequence[str],
+    seed: int,
+    only_lora: bool = True,
 ) -> None:
     """Put adapters around the named linear layers, in place; every other weight but a scalar head is frozen.
 
-    B starts at zero, so the model computes what it did. The adapters have the format of the weights.
+    Without `only_lora` norms, embeddings and the output layer are trained as well. B starts at zero, so the model
+    computes what it did. The adapters have the format of the weights.
 
     Raises:
         ConfigError: no layer of the model has one of the names.
@@ -47,6 +55,23 @@ def add_adapters(
             ) from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name or name.startswith("score."))
+    if not only_lora:
+        for part in _norms_and_embeddings(model):
+            part.requires_grad_(True)
+
+
+def _norms_and_embeddings(model: PreTrainedModel) -> list[nn.Module]:
+    output = model.get_output_embeddings()
+    found = [part for part in model.modules() if isinstance(part, nn.Embedding) or "Norm" in type(part).__name__]
+    # An adapted output layer has its adapters.
+    return [*found, output] if isinstance(output, nn.Linear) else found
+
+
+def trained_whole(model: PreTrainedModel) -> list[str]:
+    """The names of the weights of an adapted model that are trained themselves, tied ones under each of their names."""
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
+    tied = dict(getattr(model, "_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
+    return [*names, *(name for name, source in tied.items() if source in names)]
 
 
 @contextmanager
@@ -99,12 +124,13 @@ def merged_weights(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     return merged
 
 
-def adapter_weights(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The adapters, and a scalar head if there is one, under the names that peft reads."""
+def adapter_weights(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The adapters, and what else is trained, as a scalar head, under the names that peft reads."""
+    whole = trained_whole(model)
     return {
         f"base_model.model.{name.replace('.default', '')}": value
         for name, value in state.items()
-        if name.endswith((_A, _B)) or name == "score.weight"
+        if name.endswith((_A, _B)) or name in whole
     }
 
 
@@ -118,7 +144,7 @@ def adapter_config(model: PreTrainedModel, *, base: str) -> LoraConfig:
         lora_alpha=layer.lora_alpha["default"],
         target_modules=sorted(names),
         task_type="SEQ_CLS" if classifies else "CAUSAL_LM",
-        modules_to_save=["score"] if classifies else None,
+        modules_to_save=sorted({name.split(".")[-2] for name in trained_whole(model)}) or None,
         base_model_name_or_path=base,
         inference_mode=True,
     )

@@ -11,7 +11,13 @@ from pathlib import Path
 from rlhf.config.roles import Role, roles_of
 from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig, WeightSource
 from rlhf.planner.architecture import architecture_of, from_directory
-from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count, scalar_head_parameters
+from rlhf.planner.parameters import (
+    Head,
+    lora_parameter_count,
+    norm_and_embedding_parameters,
+    parameter_count,
+    scalar_head_parameters,
+)
 
 GIB = 1024**3
 # The device's context, communication buffers and fragmentation, per GPU; on a CPU the Python process.
@@ -130,13 +136,16 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
     ranks, width = ranks_of(config), _bytes_per_weight(config)
     trained = role.optimizer is not None
     placed = config.memory.of_role(role.name, trained=trained)
-    parameters = parameter_count(sizes, head=Head.scalar if role.scalar else Head.lm)
+    head = Head.scalar if role.scalar else Head.lm
+    parameters = parameter_count(sizes, head=head)
     trainable = parameters if trained else 0
     if trained and config.lora.adapts(stage=stage.name, role=role.name):
         assert config.lora.rank is not None
         targets = model.lora_targets if config.lora.targets is None else config.lora.targets
         trainable = lora_parameter_count(sizes, rank=config.lora.rank, targets=targets)
         parameters += trainable
+        if not config.lora.only_lora:
+            trainable += norm_and_embedding_parameters(sizes, head=head)
         if role.scalar:
             # The head of a scalar model is not adapted but trained itself.
             trainable += scalar_head_parameters(sizes)

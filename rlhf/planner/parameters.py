@@ -84,3 +84,12 @@ def lora_parameter_count(sizes: ArchitectureConfig, *, rank: int, targets: Seque
     """Parameters of the adapters: rank × (inputs + outputs) for each adapted layer."""
     adapted = [layer for layer in block_linears(sizes) if layer.name in targets]
     return sizes.num_layers * sum(rank * (layer.inputs + layer.outputs) for layer in adapted)
+
+
+def norm_and_embedding_parameters(sizes: ArchitectureConfig, *, head: Head = Head.lm) -> int:
+    """What `lora.only_lora=false` trains beside the adapters: norms, embeddings, and an output layer of its own."""
+    h, width = sizes.hidden_size, sizes.embedding_size or sizes.hidden_size
+    linears = sizes.num_layers * sum(layer.parameters for layer in block_linears(sizes))
+    projections = 2 * width * h if sizes.family == "opt" and width != h else 0
+    scalar = scalar_head_parameters(sizes) if head is Head.scalar else 0
+    return parameter_count(sizes, head=head) - linears - projections - scalar

@@ -71,7 +71,7 @@ def next_token_loss(engine: Any, batch: SFTBatch | PackedBatch, *, vocab_limit: 
     """Summed next-token loss over the target tokens of a micro-batch, in nats."""
     inputs: Mapping[str, Tensor]
     if isinstance(batch, PackedBatch):
-        bias: Tensor = block_causal_bias(batch.segment_ids, dtype=engine.module.dtype)
+        bias: Tensor = block_causal_bias(batch.segment_ids, dtype=getattr(engine, "module", engine).dtype)
         inputs = {"input_ids": batch.sequence_ids, "attention_mask": bias, "position_ids": batch.position_ids}
     else:
         mask = batch.attention_mask

@@ -167,6 +167,7 @@ def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
         dropout=config.lora.dropout,
         targets=chosen.lora_targets if config.lora.targets is None else config.lora.targets,
         seed=config.seed,
+        only_lora=config.lora.only_lora,
     )
 
 

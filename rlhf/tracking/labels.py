@@ -34,6 +34,8 @@ _LABELS = {
     "reward": Label(text="reward after KL", better=Better.up),
     "kl_per_sequence": Label(text="KL to the reference", unit="nats per response"),
     "kl_per_token": Label(text="KL to the reference", unit="nats per token"),
+    "text_loss": Label(text="loss on text", unit="nats per token", better=Better.down),
+    "reference_perplexity": Label(text="perplexity under the reference"),
     "response_length": Label(text="response length", unit="tokens"),
     "eos_rate": Label(text="responses ended by EOS", percent=True),
     "judge_positive": Label(text="called positive by the judge", better=Better.up, percent=True),

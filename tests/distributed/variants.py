@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from rlhf.batch import PromptBatch, Rollout, SFTBatch
-from rlhf.config.policy import EmaConfig, PtxConfig
+from rlhf.config.policy import EmaConfig, PtxConfig, PtxMode
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, ScorerConfig
 from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
@@ -110,7 +110,22 @@ def ema_facts(folder: Path, memory: MemoryConfig, role: Role, batch: SFTBatch) -
     }
 
 
-def mixed_difference(folder: Path, memory: MemoryConfig, role: Role, batch: SFTBatch) -> float:
+def plain_norms(folder: Path, batch: SFTBatch, num_targets: tuple[float, float]) -> list[float]:
+    """Norms of the gradients of the first and the second half of all ranks' rows, computed in one process."""
+    tokenizer = load_tokenizer(folder / "policy")
+    share = len(batch) // world_size()
+    norms = []
+    for half, targets in enumerate(num_targets):
+        model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="eager")
+        for start in range(half * share // 2, len(batch), share):
+            rows = batch.rows(slice(start, start + share // 2))
+            (next_token_loss(model, rows, vocab_limit=len(tokenizer)) / targets).backward()
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        norms.append(float(torch.nn.utils.get_total_norm(gradients)))
+    return norms
+
+
+def mixed_facts(folder: Path, memory: MemoryConfig, role: Role, batch: SFTBatch) -> dict[str, float]:
     """One objective over eight rows against two over four rows each, one of half the targets and half the weight."""
     tokenizer = load_tokenizer(folder / "policy")
     mine = share_of(batch)
@@ -129,13 +144,17 @@ def mixed_difference(folder: Path, memory: MemoryConfig, role: Role, batch: SFTB
             Objective(micro_batches=parts[:half], loss_sum=loss_sum, num_targets=targets),
             Objective(micro_batches=parts[half:], loss_sum=loss_sum, num_targets=targets / 2, weight=0.5),
         ]
-        for _ in range(2):
-            optimizer_step(engine, *(halves if mixed else whole))
+        steps = [optimizer_step(engine, *(halves if mixed else whole)) for _ in range(2)]
         export_model(engine, model, tokenizer, folder / f"mixed-{mixed}")
         results.append(
             AutoModelForCausalLM.from_pretrained(folder / f"mixed-{mixed}", dtype=torch.float32).state_dict()
         )
-    return max(float((value - results[1][name]).abs().max()) for name, value in results[0].items())
+    plain = plain_norms(folder, batch, (targets, targets / 2))
+    return {
+        "difference": max(float((value - results[1][name]).abs().max()) for name, value in results[0].items()),
+        "norm_error": max(abs(own / norm - 1) for own, norm in zip(steps[0].own_norms, plain, strict=True)),
+        "norms_apart": abs(plain[0] / plain[1] - 1),
+    }
 
 
 def lengths(prompts: PromptBatch, rollout: Rollout) -> Tensor:
@@ -181,6 +200,8 @@ def variant_facts(
         "spread": float(experience.advantages.std()),
         "first_ratio_error": metrics["actor/first_ratio_error"],
         "ptx_loss": metrics.get("ptx/loss", -1.0),
+        "ptx_weight": trainer.ptx_ratio.weight if trainer.ptx_ratio is not None else 0.0,
+        "norms": metrics.get("ptx/policy_grad_norm", 0.0) / metrics.get("ptx/grad_norm", 1.0),
         "averaged": float(engine.average.steps) if engine.average is not None else 0.0,
         "score_error": float((experience.scores - lengths(prompts, experience.rollout)).abs().max()) if own else 0.0,
     }
@@ -192,8 +213,7 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch,
     for stage in (0, 1, 2, 3):
         memory = replace(config.memory, zero_stage=stage)
         facts[f"ema_zero{stage}_fp32"] = ema_facts(folder, memory, role, batch)
-        if stage in (0, 3):
-            facts[f"mixed_zero{stage}"] = mixed_difference(folder, memory, role, batch)
+        facts[f"mixed_zero{stage}"] = mixed_facts(folder, memory, role, batch)
     for stage in (0, 3):
         memory = replace(config.memory, zero_stage=stage, precision=type(config.memory.precision).bf16)
         facts[f"ema_zero{stage}_bf16"] = ema_facts(folder, memory, role, batch)
@@ -201,7 +221,10 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch,
         name: getattr(config.stage, name)
         for name in ("rollout_batch_size", "mini_batch_size", "micro_batch_size_per_gpu", "optimizer")
     }
-    extras = {"ema": EmaConfig(decay=0.9), "ptx": PtxConfig(coef=0.5)}
+    facts["mixed_offload"] = mixed_facts(
+        folder, replace(config.memory, zero_stage=3, offload_optimizer=True), role, batch
+    )
+    extras = {"ema": EmaConfig(decay=0.9), "ptx": PtxConfig(coef=0.5, mode=PtxMode.grad_ratio)}
     stages = {
         "grpo": GRPOConfig(**options | extras, group_size=2),
         "rloo": RLOOConfig(**options, group_size=4),

@@ -170,10 +170,10 @@ def ppo_facts(folder: Path, memory: MemoryConfig) -> dict[str, float]:
 ADAPTERS = LoraConfig(rank=4, alpha=8.0, targets=["q_proj", "v_proj", "fc1"])
 
 
-def lora_facts(folder: Path, memory: MemoryConfig) -> dict[str, Any]:
+def lora_facts(folder: Path, memory: MemoryConfig, adapters: LoraConfig = ADAPTERS) -> dict[str, Any]:
     """One PPO iteration with adapters: what is trained, what the reference is, and what the exports compute."""
     tokenizer = load_tokenizer(folder / "policy")
-    config = ppo_config(memory=memory, lora=ADAPTERS)
+    config = ppo_config(memory=memory, lora=adapters)
     engine = DeepSpeedRLHFEngine(
         actor_model_name_or_path=str(folder / "policy"),
         critic_model_name_or_path=str(folder / "reward"),
@@ -361,6 +361,7 @@ def facts_of_several_ranks(folder: Path, plain: MemoryConfig, reference: dict[st
     for stage in (0, 1, 2, 3):
         facts[f"lora_zero{stage}"] = lora_facts(folder, MemoryConfig(zero_stage=stage, precision=Precision.fp32))
     facts["lora_zero3_bf16"] = lora_facts(folder, MemoryConfig(zero_stage=3, precision=Precision.bf16))
+    facts["lora_whole"] = lora_facts(folder, replace(plain, zero_stage=3), replace(ADAPTERS, only_lora=False))
     facts["layerwise"] = layerwise_facts(folder)
     facts["offload_difference"] = offload_difference(folder, reference)
     for stage in (0, 1):
@@ -378,8 +379,7 @@ def main() -> None:
     initialize_distributed(timeout_minutes=3)
     plain = MemoryConfig(zero_stage=0, precision=Precision.fp32)
     facts: dict[str, Any] = {"padding_error": padding_error(folder)}
-    largest_micro = 8 // world_size()
-    reference, _ = updated_weights(folder, micro=largest_micro, memory=plain)
+    reference, _ = updated_weights(folder, micro=8 // world_size(), memory=plain)
     torch.save(reference, folder / f"weights-{world_size()}-{rank()}.pt")
     start = AutoModelForCausalLM.from_pretrained(folder / "policy", dtype=torch.float32).state_dict()
     facts["moved"] = largest_difference(reference, start)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rlhf.functional.masking import (
     last_true_index,
+    left_aligned,
     masked_mean,
     masked_moments,
     masked_sum,
@@ -119,3 +120,16 @@ def test_a_second_eos_is_outside_and_no_eos_means_all() -> None:
         [True, True, True, True],
         [True, False, False, False],
     ]
+
+
+@given(lengths=st.lists(st.tuples(st.integers(0, 4), st.integers(1, 5)), min_size=1, max_size=4))
+def test_left_aligned_keeps_tokens_and_order(lengths: list[tuple[int, int]]) -> None:
+    """Rows with some padding on the left, and what is left over on the right."""
+    ids = torch.arange(1, 9 * len(lengths) + 1).view(len(lengths), 9)
+    places = torch.arange(9)
+    mask = torch.stack([(places >= skipped) & (places < skipped + real) for skipped, real in lengths])
+    moved, moved_mask = left_aligned(ids, mask)
+    assert moved.shape == moved_mask.shape == (len(lengths), max(real for _, real in lengths))
+    for row, (_, real) in enumerate(lengths):
+        assert moved[row, :real].tolist() == ids[row][mask[row]].tolist()
+        assert moved_mask[row].tolist() == [place < real for place in range(moved.shape[1])]

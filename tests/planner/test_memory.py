@@ -24,7 +24,7 @@ from rlhf.planner.memory import (
     memory_problems,
     stage_memory,
 )
-from rlhf.planner.parameters import Head, lora_parameter_count, parameter_count
+from rlhf.planner.parameters import Head, lora_parameter_count, norm_and_embedding_parameters, parameter_count
 from rlhf.stages.pipeline.config import PipelineConfig
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.rm.config import RMConfig
@@ -131,6 +131,10 @@ def test_adapters_leave_little_to_train() -> None:
     assert (only_actor["critic"].trainable, only_actor["actor"].trainable) == (SCALAR, adapters)
     (model,) = states(replace(ppo, stage=RMConfig())).values()
     assert model.trainable == own + head
+    with_norms = states(replace(ppo, lora=LoraConfig(rank=rank, only_lora=False)))
+    assert list(with_norms) == ["actor", "critic", "reference", "reward_model"]
+    others = norm_and_embedding_parameters(SMALL["llama"])
+    assert with_norms["actor"].trainable == adapters + others
 
 
 def test_a_directory_has_its_own_sizes_and_the_chosen_model_s_adapters(tmp_path: Path) -> None:

@@ -12,7 +12,14 @@ from rlhf.config.schema import ArchitectureConfig, ModelConfig, ScratchConfig, W
 from rlhf.launcher.command import PROJECT
 from rlhf.models.lora import add_adapters
 from rlhf.planner.architecture import FAMILIES, architecture_of, from_directory
-from rlhf.planner.parameters import Head, block_linears, lora_parameter_count, parameter_count, scalar_head_parameters
+from rlhf.planner.parameters import (
+    Head,
+    block_linears,
+    lora_parameter_count,
+    norm_and_embedding_parameters,
+    parameter_count,
+    scalar_head_parameters,
+)
 
 MODELS = PROJECT / "conf" / "model"
 PUBLISHED = {
@@ -102,10 +109,10 @@ def test_totals_are_the_published_ones(name: str) -> None:
     assert parameter_count(sizes_of(name)) == PUBLISHED[name]
 
 
-def adapted(sizes: ArchitectureConfig, head: Head, targets: list[str]) -> int:
+def adapted(sizes: ArchitectureConfig, head: Head, targets: list[str], *, only_lora: bool = True) -> int:
     """What trains of a model with adapters of rank 4."""
     model = built(sizes, head)
-    add_adapters(model, rank=4, alpha=8.0, dropout=0.0, targets=targets, seed=0)
+    add_adapters(model, rank=4, alpha=8.0, dropout=0.0, targets=targets, seed=0, only_lora=only_lora)
     return count(model, trainable=True)
 
 
@@ -117,7 +124,12 @@ def test_adapters_are_what_peft_adds(family: str) -> None:
         expected = lora_parameter_count(sizes, rank=4, targets=targets)
         assert expected == adapted(sizes, Head.lm, targets) > 0
         # The number that a scalar model ends in is trained as well.
-        assert expected + scalar_head_parameters(sizes) == adapted(sizes, Head.scalar, targets)
+        scalar = scalar_head_parameters(sizes)
+        assert expected + scalar == adapted(sizes, Head.scalar, targets)
+        others = norm_and_embedding_parameters(sizes)
+        assert expected + others == adapted(sizes, Head.lm, targets, only_lora=False)
+        others = norm_and_embedding_parameters(sizes, head=Head.scalar)
+        assert expected + others + scalar == adapted(sizes, Head.scalar, targets, only_lora=False)
 
 
 @pytest.mark.parametrize("name", ["opt1.3b", "llama2-7b", "qwen3-8b", "pythia-1b"])

@@ -1,5 +1,6 @@
 """Held-out evaluation of a policy: score, KL, length, and what a judge says that the policy never saw."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -8,12 +9,13 @@ from typing import Any, cast
 import torch
 
 from rlhf.batch import PromptBatch
-from rlhf.data.collate import collate_prompts
+from rlhf.data.collate import collate_prompts, collate_sft
 from rlhf.data.judge import Judge, fit_judge
 from rlhf.data.loader import eval_batches
-from rlhf.engine.distributed import gather_objects
+from rlhf.data.split import PTX
+from rlhf.engine.distributed import all_reduce_sum, gather_objects
 from rlhf.functional.kl import per_sequence_kl
-from rlhf.rollout.forward import in_groups, response_logprobs
+from rlhf.rollout.forward import in_groups, next_token_loss, response_logprobs
 from rlhf.rollout.generate import generate
 from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.score import ended_with_eos, response_texts
@@ -36,6 +38,7 @@ class Evaluator:
         self.judge: Judge | None = fit_judge(session.config.data) if session.config.data.judge else None
         rows = session.data.part("ppo", held_out=True)
         self.rows = rows.select(range(min(cast(PPOConfig, session.config.stage).eval_prompts, len(rows))))
+        self.texts = held_out_texts(session, most=len(self.rows))
         self.first_answers: dict[str, Answer] = {}
 
     def evaluate(self, *, step: int) -> dict[str, float]:
@@ -43,9 +46,9 @@ class Evaluator:
         session = self.session
         with session.recorder.phase("evaluation"), _forked_random_state(session.config.seed + session.rank):
             answers = self._answers()
+            values = self._summarise(answers) | self._text_loss()
         if not self.first_answers:
             self.first_answers = answers
-        values = self._summarise(answers)
         session.recorder.metrics(step, values)
         session.recorder.samples(
             step,
@@ -104,10 +107,34 @@ class Evaluator:
             "text": response_texts(rollout, engine.tokenizer),
             "score": trainer.scorer(prompts, rollout).tolist(),
             "kl": per_sequence_kl(logprobs, reference, rollout.response_mask).tolist(),
+            "reference_nats": (-reference.sum(dim=1)).tolist(),
             "tokens": rollout.response_mask.sum(dim=1).tolist(),
             "ended": ended.tolist(),
         }
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    @torch.no_grad()
+    def _text_loss(self) -> dict[str, float]:
+        """Next-token loss on held-out text: what the policy forgets while it learns to score."""
+        if self.texts is None:
+            return {}
+        session, engine = self.session, self.trainer.engine
+        engine.actor.eval()
+        batches = eval_batches(
+            self.texts,
+            batch_size=cast(PPOConfig, session.config.stage).micro_batch_size_per_gpu * 2,
+            collate=partial(collate_sft, pad_id=session.pad_id),
+            rank=session.rank,
+            ranks=session.ranks,
+        )
+        sums = torch.zeros(2, dtype=torch.float64, device=session.device)
+        for batch, valid in batches:
+            batch = batch.to(session.device)
+            batch.loss_mask[valid:] = False
+            loss = next_token_loss(engine.actor, batch, vocab_limit=engine.vocab_limit)
+            sums += torch.stack([loss.double(), batch.loss_mask[:, 1:].sum().double()])
+        total, tokens = all_reduce_sum(sums).tolist()
+        return {"eval/text_loss": total / max(1.0, tokens)}
 
     def _summarise(self, answers: dict[str, Answer]) -> dict[str, float]:
         columns = {name: torch.tensor([float(answer[name]) for answer in answers.values()]) for name in _NUMBERS}
@@ -115,6 +142,9 @@ class Evaluator:
             "eval/score": float(columns["score"].mean()),
             "eval/score_std": float(columns["score"].std(correction=0)),
             "eval/kl_per_sequence": float(columns["kl"].mean()),
+            "eval/reference_perplexity": math.exp(
+                min(float(columns["reference_nats"].sum() / columns["tokens"].sum()), 50)
+            ),
             "eval/response_length": float(columns["tokens"].mean()),
             "eval/eos_rate": float(columns["ended"].mean()),
         }
@@ -124,7 +154,16 @@ class Evaluator:
         return values
 
 
-_NUMBERS = ("score", "kl", "tokens", "ended")
+def held_out_texts(session: Session, *, most: int) -> Any:
+    """Held-out rows of what the pretraining mix is drawn from: plain texts, or the SFT part's answers; None without."""
+    for name in (PTX, "sft"):
+        if session.data.has_part(name, held_out=True):
+            rows = session.data.part(name, held_out=True)
+            return rows.select(range(min(most, len(rows))))
+    return None
+
+
+_NUMBERS = ("score", "kl", "reference_nats", "tokens", "ended")
 
 
 @contextmanager

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rlhf.batch import Experience, PromptBatch, Rollout, SFTBatch
-from rlhf.config.choices import KlPlacement
+from rlhf.config.choices import KlPlacement, PtxMode
 from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import all_reduce_sum, rank, world_size
+from rlhf.engine.shards import GradientShares
 from rlhf.engine.update import Objective, StepResult, optimizer_step
 from rlhf.functional.kl import adaptive_kl_coef, kl_k1, kl_k2, per_sequence_kl
 from rlhf.functional.losses import PolicyLossStats, policy_loss, value_loss
@@ -28,6 +29,7 @@ from rlhf.rollout.forward import (
 )
 from rlhf.rollout.generate import generate
 from rlhf.rollout.grouping import micro_batches
+from rlhf.rollout.mixing import GradientRatio
 from rlhf.rollout.score import ended_with_eos
 from rlhf.rollout.shaping import Scorer
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
@@ -82,6 +84,13 @@ class DeepSpeedPPOTrainer:
         if self.stage.ptx_batch_size and pretraining is None:
             raise ConfigError(f"stage.ptx.coef={self.stage.ptx.coef}: give the trainer its text, pretraining=…")
         self.pretraining = pretraining
+        ptx = self.stage.ptx
+        self.ptx_ratio = GradientRatio(ptx.coef) if ptx.coef and ptx.mode is PtxMode.grad_ratio else None
+        if self.ptx_ratio is not None and not GradientShares.readable(engine.actor):
+            raise ConfigError(
+                "stage.ptx.mode=grad_ratio: ZeRO-1 and 2 with the optimizer on the host tell no two gradients "
+                "apart; take memory.zero_stage=3 or stage.ptx.mode=coef"
+            )
         # Its own generator: the order of the updates does not depend on how much was sampled.
         self._shuffle = torch.Generator().manual_seed(self.args.seed * 1000 + rank())
 
@@ -178,6 +187,8 @@ class DeepSpeedPPOTrainer:
             objectives.append(self._ptx_objective())
         result = optimizer_step(self.engine.actor, *objectives)
         self._record_step("actor", result)
+        if result.own_norms:
+            self._record_mix(*result.own_norms, weight=objectives[1].weight)
         if self.engine.average is not None and result.applied:
             self.engine.average.update()
         return result.loss_sum
@@ -193,9 +204,16 @@ class DeepSpeedPPOTrainer:
             return loss
 
         micro_batches = batch.split(self.stage.micro_batch_size_per_gpu)
-        return Objective(
-            micro_batches=micro_batches, loss_sum=loss_sum, num_targets=num_targets, weight=self.stage.ptx.coef
-        )
+        weight = self.stage.ptx.coef if self.ptx_ratio is None else self.ptx_ratio.weight
+        return Objective(micro_batches=micro_batches, loss_sum=loss_sum, num_targets=num_targets, weight=weight)
+
+    def _record_mix(self, policy_norm: float, text_norm: float, *, weight: float) -> None:
+        if self.ptx_ratio is not None:
+            self.ptx_ratio.update(policy_norm, text_norm)
+        self.metrics.add("ptx/weight", weight, 1)
+        if math.isfinite(policy_norm) and math.isfinite(text_norm):
+            self.metrics.add("ptx/policy_grad_norm", policy_norm, 1)
+            self.metrics.add("ptx/grad_norm", text_norm, 1)
 
     def _advantages(
         self, rewards: Tensor, scores: Tensor, mask: Tensor, values: Tensor | None

@@ -1,0 +1,39 @@
+"""The weight of the pretraining text in PPO's steps, relative to the policy's gradient."""
+
+import math
+
+KEPT = 0.9  # Share of the running means that a step keeps.
+
+
+class GradientRatio:
+    """The weight with which the text's gradient has `ratio` times the norm of the policy's.
+
+    Both norms are running means over the steps, `mean = 0.9 mean + 0.1 norm`, since those of single steps scatter; they
+    begin with the first step's. Before it the weight is `ratio` itself.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        self.ratio = ratio
+        self._means: tuple[float, float] | None = None
+
+    @property
+    def weight(self) -> float:
+        """The weight of the next step."""
+        if self._means is None or self._means[1] == 0.0:
+            return self.ratio
+        return self.ratio * self._means[0] / self._means[1]
+
+    def update(self, policy: float, text: float) -> None:
+        """Take in the norms of a step's two gradients, each without its weight; a step that is not finite is passed."""
+        if not (math.isfinite(policy) and math.isfinite(text)):
+            return
+        old = self._means or (policy, text)
+        self._means = (KEPT * old[0] + (1 - KEPT) * policy, KEPT * old[1] + (1 - KEPT) * text)
+
+    def state_dict(self) -> dict[str, tuple[float, float] | None]:
+        """The running means."""
+        return {"means": self._means}
+
+    def load_state_dict(self, state: dict[str, tuple[float, float] | None]) -> None:
+        """Go on from what `state_dict` gave."""
+        self._means = state["means"]
