@@ -1,7 +1,8 @@
 """Does a model learn? Runs the pipeline for several seeds and holds the results against stated goals.
 
 `python benchmarks/quality.py [--model tiny] [--seeds 1 2 3] [overrides …]` writes
-benchmarks/results/quality-MODEL.md and .json. Each seed is a full `python launch.py seed=N` in a directory of its own; finished ones are read, not run again.
+benchmarks/results/quality-MODEL.md and .json. Each seed is a full `python launch.py seed=N` in a directory of its own;
+finished ones are read, not run again.
 """
 
 import argparse

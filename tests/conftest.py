@@ -21,6 +21,14 @@ settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=
 settings.load_profile("rlhf")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what takes long to make run in the same process (`pytest -n 2 --dist loadgroup`)."""
+    for item in items:
+        together = "distributed" if item.path.parent.name == "distributed" else item.path.stem
+        item.add_marker(pytest.mark.xdist_group(together))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache_dir(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The cache of the whole test session; set RLHF_CACHE to keep one between sessions."""

@@ -62,3 +62,12 @@ def test_the_command_works(command: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr
     assert done.stdout.strip()
+
+
+def test_the_figures_are_those_of_the_benchmarks() -> None:
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from readme import filled
+
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- figures: ") == 3
+    assert filled(text) == text, "python benchmarks/readme.py"

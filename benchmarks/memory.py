@@ -1,7 +1,7 @@
-"""Peak memory of log-probabilities and their gradients: whole logits in fp32 against slices of the vocabulary.
+"""Memory: log-probabilities from whole logits and from slices of the vocabulary; an adapted policy and its reference.
 
-`python benchmarks/logprob_memory.py` writes benchmarks/results/logprob_memory.md. Each figure is the rise of the peak
-resident memory of a fresh process, forward and backward, beyond what is held before: weights and hidden states in bf16.
+`python benchmarks/memory.py` writes benchmarks/results/memory.md. Each figure is a rise of the resident memory of a
+fresh process: the peak of a forward and backward pass, or what is held after an engine was built.
 """
 
 import json
@@ -74,15 +74,71 @@ def row(batch: int, frozen: bool) -> str:
     )
 
 
+def build_reference() -> dict[str, float]:
+    """MiB that this process holds of an adapted OPT-125M policy, its reference, and a copy as the reference."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ.update(alone, DS_ACCELERATOR="cpu")
+    import torch
+    from transformers import AutoModelForCausalLM, OPTConfig
+
+    from rlhf.config.roles import Role
+    from rlhf.config.schema import MemoryConfig, OptimizerConfig, Precision
+    from rlhf.engine.build import build_engine
+    from rlhf.engine.distributed import initialize_distributed
+    from rlhf.models.lora import AdaptersOff, add_adapters
+
+    initialize_distributed(timeout_minutes=1)
+    memory = MemoryConfig(zero_stage=0, precision=Precision.bf16)
+    role = Role(name="actor", optimizer=OptimizerConfig(), batch_size=1, micro_batch_size_per_gpu=1)
+    frozen = Role(name="reference", optimizer=None, batch_size=1, micro_batch_size_per_gpu=1)
+    held = [resident("VmRSS")]
+
+    def model() -> "torch.nn.Module":
+        return AutoModelForCausalLM.from_config(OPTConfig(), dtype=torch.bfloat16)
+
+    policy = model()
+    add_adapters(policy, rank=8, alpha=16.0, dropout=0.0, targets=["q_proj", "v_proj"], seed=1)
+    engine = build_engine(policy, role, memory=memory, ranks=1)
+    held.append(resident("VmRSS"))
+    reference = AdaptersOff(engine)
+    with torch.no_grad():
+        reference(input_ids=torch.zeros(1, 2, dtype=torch.long))
+    held.append(resident("VmRSS"))
+    copy = build_engine(model(), frozen, memory=memory, ranks=1)
+    held.append(resident("VmRSS"))
+    names = ("policy", "reference", "copy")
+    rises = {name: (held[number + 1] - held[number]) / 1024 for number, name in enumerate(names)}
+    return rises | {"weights": sum(p.numel() * p.element_size() for p in copy.module.parameters()) / 2**20}
+
+
+def reference_table() -> str:
+    """What the reference of an adapted policy costs."""
+    done = subprocess.run([sys.executable, __file__, "reference"], check=True, capture_output=True, text=True, cwd=ROOT)
+    found = json.loads(done.stdout.splitlines()[-1])
+    return (
+        f"OPT-125M with adapters of rank 8 in bf16 ({found['weights']:.0f} MiB of weights): the policy's engine holds "
+        f"{found['policy']:.0f} MiB; the reference, which is the policy with its adapters off, "
+        f"{found['reference']:.0f} MiB more, one pass included; a copy as the reference {found['copy']:.0f} MiB more."
+    )
+
+
 def main() -> int:
     """Measure in this process if told to, else write the table."""
+    if sys.argv[1:] == ["reference"]:
+        print(json.dumps(build_reference()))
+        return 0
     if len(sys.argv) == 4:
         print(json.dumps(measure(sys.argv[1], int(sys.argv[2]), sys.argv[3] == "1")))
         return 0
     from importlib.metadata import version
 
     head = [
-        f"- command: `python benchmarks/logprob_memory.py`, torch {version('torch')}, one thread of {os.cpu_count()} "
+        f"- command: `python benchmarks/memory.py`, torch {version('torch')}, one thread of {os.cpu_count()} "
         f"CPU cores ({platform.machine()})",
         f"- vocabulary {VOCABULARY:,}, hidden size {WIDTH}, bf16; log-probabilities and entropies with slices, "
         "log-probabilities alone the plain way",
@@ -92,8 +148,8 @@ def main() -> int:
         "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines = [row(batch, frozen) for batch in (1, 8) for frozen in (False, True)]
-    text = "\n".join([*head, *lines, ""])
-    (ROOT / "benchmarks" / "results" / "logprob_memory.md").write_text(text, encoding="utf-8")
+    text = "\n".join([*head, *lines, "", reference_table(), ""])
+    (ROOT / "benchmarks" / "results" / "memory.md").write_text(text, encoding="utf-8")
     print(text)
     return 0
 
