@@ -1,8 +1,8 @@
 """PPO, GRPO, RLOO and best-of-n from the same SFT and reward model: score and judge against KL.
 
 `python benchmarks/algorithms.py [--model tiny] [--seeds 1 2 3] [--stages ppo grpo rloo] [overrides …]` writes
-benchmarks/results/algorithms-MODEL.md, .json and .png. Each seed is a pipeline (`launch.py seed=N`, as in
-benchmarks/quality.py, whose directories it shares) and one run for each further algorithm; finished ones are read.
+benchmarks/results/algorithms-MODEL.md, .json and .png. The SFT and the reward model of a seed are those of
+benchmarks/quality.py, whose directories it shares; each algorithm is a run of its own. Finished runs are read.
 """
 
 import argparse
@@ -30,9 +30,9 @@ NAMES = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORC
 Point = dict[str, float]
 
 
-def launch(run_dir: Path, *overrides: str) -> None:
-    """Run unless that is done already; the whole time is kept beside the run."""
-    if (run_dir / "summary.json").is_file() or (run_dir / "ppo" / "summary.json").is_file():
+def launch(run_dir: Path, *overrides: str, made: str = "summary.json") -> None:
+    """Run unless `made` is there already; the whole time is kept beside the run."""
+    if (run_dir / made).is_file():
         return
     started = time.time()
     command = [sys.executable, str(ROOT / "launch.py"), f"run_dir={run_dir}", *overrides]
@@ -43,13 +43,12 @@ def launch(run_dir: Path, *overrides: str) -> None:
 def run_seed(seed: int, stages: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Path]:
     """All runs of a seed: the directory of each algorithm."""
     pipeline = folder / f"seed{seed}"
-    common = [override for override in overrides if not override.startswith("stage.")]
-    launch(pipeline, f"seed={seed}", *overrides)
-    found = {"ppo": pipeline / "ppo"}
+    launch(pipeline, f"seed={seed}", *overrides, made="rm/summary.json")
     models = (f"stage.actor_model={pipeline}/sft/model", f"stage.reward_model={pipeline}/rm/model")
-    for stage in (*(stage for stage in stages if stage != "ppo"), BEST):
-        found[stage] = folder / f"seed{seed}-{stage}"
-        launch(found[stage], f"stage={stage}", f"seed={seed}", *models, *common)
+    common = [override for override in overrides if not override.startswith("stage.")]
+    found = {stage: folder / f"seed{seed}-{stage}" for stage in (*stages, BEST)}
+    for stage, run_dir in found.items():
+        launch(run_dir, f"stage={stage}", f"seed={seed}", *models, *common)
     return found
 
 
@@ -145,12 +144,15 @@ def draw(results: dict[int, dict[str, list[Point]]], target: Path) -> None:
     figure.savefig(target)
 
 
-def facts_of(first: Path) -> dict[str, str]:
+def facts_of(first: Path, reward_model: Path) -> dict[str, str]:
     """What the figures were measured with."""
-    summary = json.loads((first / "summary.json").read_text(encoding="utf-8"))
+    summary, earlier = (
+        json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (first, reward_model)
+    )
     return {
         "command": f"`python benchmarks/algorithms.py {' '.join(sys.argv[1:])}`",
         "commit": summary["git_commit"],
+        "commit of the SFT and reward models": earlier["git_commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {summary['ranks']} ranks, "
         f"{summary['precision']}",
@@ -182,7 +184,7 @@ def main() -> int:
     overrides = [*MODELS[options.model], *options.overrides]
     runs = {seed: run_seed(seed, options.stages, overrides, folder) for seed in options.seeds}
     results = {seed: {stage: points(path) for stage, path in found.items()} for seed, found in runs.items()}
-    facts = facts_of(next(iter(runs.values()))["ppo"])
+    facts = facts_of(next(iter(runs.values()))["ppo"], folder / f"seed{options.seeds[0]}" / "rm")
     target = ROOT / "benchmarks" / "results" / f"algorithms-{options.model}"
     draw(results, target.with_suffix(".png"))
     content: dict[str, Any] = {"facts": facts, "seeds": results}

@@ -1,7 +1,7 @@
 """What the pretraining mix is for: loss on held-out text after PPO with and without it, at equal score.
 
 `python benchmarks/ptx.py [--seeds 1 2 3] [--coef 1.0]` writes benchmarks/results/ptx.md. It shares the directories of
-benchmarks/quality.py; PPO with the mix starts from the same SFT and reward model and takes the same options.
+benchmarks/algorithms.py; PPO with the mix starts from the same SFT and reward model and takes the same options.
 """
 
 import argparse
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from algorithms import ROOT, SCORE, launch
+from algorithms import ROOT, SCORE, launch, run_seed
 
 TEXT = "eval/text_loss"
 Curve = list[dict[str, float]]
@@ -55,12 +55,12 @@ def main() -> int:
     rows, rises = [], []
     for seed in options.seeds:
         pipeline = options.folder.resolve() / f"seed{seed}"
-        launch(pipeline, f"seed={seed}")
+        plain = run_seed(seed, ["ppo"], [], options.folder.resolve())["ppo"]
         mixed = pipeline.with_name(f"seed{seed}-ptx-{options.coef:g}")
         models = (f"stage.actor_model={pipeline}/sft/model", f"stage.reward_model={pipeline}/rm/model")
         mix = (f"stage.ptx.coef={options.coef}", "stage.ptx.mode=grad_ratio")
         launch(mixed, "stage=ppo", f"seed={seed}", *models, *mix)
-        cells, rise = row(seed, curve_of(pipeline / "ppo"), curve_of(mixed))
+        cells, rise = row(seed, curve_of(plain), curve_of(mixed))
         rows.append(cells)
         rises.append(rise)
     head = ["seed", "score", "text loss of the SFT model", "PPO", "PPO with the mix", "KL", "KL with the mix"]
