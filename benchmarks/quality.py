@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["model=smollm2-135m", "lora=r8"]}
+MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["experiment=smollm2_lora"]}
 
 
 def run_seed(seed: int, overrides: list[str], folder: Path) -> Path:
@@ -26,6 +26,7 @@ def run_seed(seed: int, overrides: list[str], folder: Path) -> Path:
     if not (run_dir / "ppo" / "summary.json").is_file():
         started = time.time()
         command = [sys.executable, str(ROOT / "launch.py"), f"seed={seed}", f"run_dir={run_dir}", *overrides]
+        command.append("reuse=off")  # The whole time is measured.
         subprocess.run(command, check=True, cwd=ROOT)
         (run_dir / "wall_seconds").write_text(f"{time.time() - started:.0f}", encoding="utf-8")
     return run_dir

@@ -302,8 +302,8 @@ class LoraConfig:
     )
     only_lora: bool = option(
         True,
-        "Train the adapters alone (and a scalar head). false: norms and embeddings, too (Chen et al. 2024, LongLoRA); "
-        "the reference of a policy is then a copy of its own.",
+        "Train the adapters alone (and a scalar head). false: norms, embeddings and the output layer, too (norms and "
+        "embeddings: Chen et al. 2024, LongLoRA); the reference of a policy is then a copy of its own.",
     )
     roles: list[str] = option_factory(
         lambda: ["sft", "rm", "actor", "critic"],

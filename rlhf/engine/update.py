@@ -1,7 +1,7 @@
 """One optimizer step over micro-batches, normalised by the global number of targets."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -71,22 +71,26 @@ def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
     totals = [torch.zeros((), device=engine.device) for _ in objectives]
     apart = _Apart(engine, objectives) if len(objectives) == 2 and GradientShares.readable(engine) else None
     own_norm: float | None = None
-    for number, (index, part) in enumerate(parts):
-        objective = objectives[index]
+    try:
+        for number, (index, part) in enumerate(parts):
+            objective = objectives[index]
+            if apart is not None:
+                apart.before_backward(number)
+            loss = objective.loss_sum(part)
+            scale = objective.weight * world_size() * accumulation_steps / max(objective.num_targets, 1.0)
+            engine.backward(loss * scale)
+            if apart is not None:
+                apart.after_backward(number)
+            if number == accumulation_steps - 1 and _steps_unguarded(engine):
+                own_norm = _own_norm(engine)
+            if own_norm is None or math.isfinite(own_norm):
+                engine.step()
+            else:
+                _skip(engine)
+            totals[index] = totals[index] + loss.detach().float()
+    finally:
         if apart is not None:
-            apart.before_backward(number)
-        loss = objective.loss_sum(part)
-        scale = objective.weight * world_size() * accumulation_steps / max(objective.num_targets, 1.0)
-        engine.backward(loss * scale)
-        if apart is not None:
-            apart.after_backward(number)
-        if number == accumulation_steps - 1 and _steps_unguarded(engine):
-            own_norm = _own_norm(engine)
-        if own_norm is None or math.isfinite(own_norm):
-            engine.step()
-        else:
-            _skip(engine)
-        totals[index] = totals[index] + loss.detach().float()
+            apart.end()
     norm = engine.get_global_grad_norm() if own_norm is None else own_norm
     return StepResult(
         loss_sums=tuple(totals),
@@ -99,7 +103,11 @@ def optimizer_step(engine: Any, *objectives: Objective[Any]) -> StepResult:
 
 
 class _Apart:
-    """Reads the reduced gradient of the first of two objectives before the second one's is added to it."""
+    """Reads the reduced gradient of the first of two objectives before the second one's is added to it.
+
+    Meanwhile it keeps this rank's shares of the first one, in the format of the weights; in the host's memory if the
+    optimizer is there.
+    """
 
     def __init__(self, engine: Any, objectives: Sequence[Objective[Any]]) -> None:
         self._engine, self._shares = engine, GradientShares(engine)
@@ -115,21 +123,28 @@ class _Apart:
     def after_backward(self, number: int) -> None:
         """Measure at the end of an objective; the gradient of a step is the sum of both."""
         if number == self._ends[0]:
-            self._first = [share.clone() for share in self._shares.read()]
-            self._note(self._first, self._weights[0])
+            place = "cpu" if self._engine.zero_cpu_offload() else self._engine.device
+            # ZeRO-3 gives fp32 copies of what it holds in the weights' format.
+            dtype = next(self._engine.module.parameters()).dtype if self._shares.accumulates else None
+            self._first = [share.to(place, dtype, copy=True) for share in self._shares.read()]
+            self._note(self._shares.read(), self._weights[0])
             self._engine.set_gradient_accumulation_boundary(False)
         elif number == self._ends[1]:
-            shares = self._shares.read()
+            pairs = zip(self._shares.read(), self._first, strict=True)
             if self._shares.accumulates:
-                pairs = zip(shares, self._first, strict=True)
-                self._note([share - first for share, first in pairs], self._weights[1])
+                self._note((share - first.to(share.device) for share, first in pairs), self._weights[1])
                 return
-            self._note(shares, self._weights[1])
-            for share, first in zip(shares, self._first, strict=True):
+            self._note(self._shares.read(), self._weights[1])
+            for share, first in pairs:
                 share.add_(first)
 
-    def _note(self, shares: list[Tensor], weight: float) -> None:
-        self.norms = (*self.norms, self._shares.norm(shares) / weight)
+    def end(self) -> None:
+        """Give the boundary back to DeepSpeed's own counting."""
+        self._engine._is_gradient_accumulation_boundary = None
+
+    def _note(self, shares: Iterable[Tensor], weight: float) -> None:
+        norm = self._shares.norm(shares)
+        self.norms = (*self.norms, norm / weight if weight else math.nan)
 
 
 def _steps_unguarded(engine: Any) -> bool:

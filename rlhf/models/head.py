@@ -94,16 +94,29 @@ def logprobs_at(
         vocab_limit: logits from here on are padding and have no probability.
 
     Returns:
-        Two vectors [N]. A model whose head can't be asked computes its logits whole.
+        Two vectors [N]. A model whose head can't be asked computes its logits whole, from the first place on.
     """
-    ids = places.ids.clamp(max=vocab_limit - 1)
-    places = Places(rows=places.rows, columns=places.columns, ids=ids)
     head = getattr(engine, "module", engine).get_output_embeddings()
+    # An empty batch asks for one place, which it leaves out: every pass shows whether the model gives the answer.
+    asked = places if len(places.ids) else _one_place(places)
+    ids = asked.ids.clamp(max=vocab_limit - 1)
+    asked = Places(rows=asked.rows, columns=asked.columns, ids=ids)
     if isinstance(head, LogprobHead) and head.direct:
-        with head.asked(Question(places=places, temperature=temperature, vocab_limit=vocab_limit)):
+        with head.asked(Question(places=asked, temperature=temperature, vocab_limit=vocab_limit)):
             answer: Tensor = engine(**inputs, use_cache=False).logits
             head.direct = head.gave(answer)
         if head.direct:
+            answer = answer[: len(places.ids)]
             return answer[:, 0], answer[:, 1].detach()
-    logits = engine(**inputs, use_cache=False).logits[places.rows, places.columns, :vocab_limit]
+    kept = inputs["input_ids"].shape[1] - int(asked.columns.min())
+    logits = engine(**inputs, use_cache=False, logits_to_keep=kept).logits[
+        asked.rows, asked.columns - asked.columns.min()
+    ]
+    logits = logits[: len(places.ids), :vocab_limit]
+    ids = ids[: len(places.ids)]
     return token_logprobs(logits, ids, temperature=temperature), entropy(logits.detach(), temperature=temperature)
+
+
+def _one_place(places: Places) -> Places:
+    first = places.ids.new_zeros(1)
+    return Places(rows=first, columns=first, ids=first)

@@ -70,7 +70,11 @@ def _norms_and_embeddings(model: PreTrainedModel) -> list[nn.Module]:
 def trained_whole(model: PreTrainedModel) -> list[str]:
     """The names of the weights of an adapted model that are trained themselves, tied ones under each of their names."""
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad and "lora_" not in name]
-    tied = dict(getattr(model, "_tied_weights_keys", None) or {}) if model.config.tie_word_embeddings else {}
+    tied = (
+        dict(getattr(model, "_tied_weights_keys", None) or {})
+        if getattr(model.config, "tie_word_embeddings", False)
+        else {}
+    )
     return [*names, *(name for name, source in tied.items() if source in names)]
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from rlhf.config.choices import PtxMode
 from rlhf.config.roles import Role, roles_of
 from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig, WeightSource
 from rlhf.planner.architecture import architecture_of, from_directory
@@ -157,6 +158,9 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
     optimizer = optimizer_width * trainable / (ranks if zero >= 1 else 1)
     if role.averaged:
         optimizer += _FP32 * trainable / ranks
+    if role.extra_batch_size:
+        # The policy's reduced gradient is kept while the text's is accumulated.
+        optimizer += width * trainable / ranks
     host = weights if placed.offload_parameters else 0.0
     if placed.offload_optimizer:
         # The optimizer there has fp32 gradients of its own; ZeRO-3 keeps the others there, too.
@@ -242,3 +246,17 @@ def _remedy(config: Config) -> str:
 def _holds(config: Config) -> bool:
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
     return all(estimate is None or estimate.fits(gather=False) for estimate in estimates)
+
+
+def mix_problems(config: Config) -> Iterator[str]:
+    """Say where the weight of the pretraining mix could not follow the gradients' norms."""
+    for stage in substages(config.stage):
+        ptx = getattr(stage, "ptx", None)
+        if ptx is None or ptx.mode is not PtxMode.grad_ratio:
+            continue
+        actor = config.memory.of_role("actor", trained=True)
+        if actor.offload_optimizer and actor.zero_stage in (1, 2):
+            yield (
+                f"stage.ptx.mode=grad_ratio: ZeRO-{actor.zero_stage} with the optimizer on the host tells no two "
+                "gradients apart; take memory.zero_stage=3 or stage.ptx.mode=coef"
+            )

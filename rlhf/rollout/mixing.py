@@ -19,13 +19,16 @@ class GradientRatio:
     @property
     def weight(self) -> float:
         """The weight of the next step."""
-        if self._means is None or self._means[1] == 0.0:
+        if self._means is None:
             return self.ratio
         return self.ratio * self._means[0] / self._means[1]
 
     def update(self, policy: float, text: float) -> None:
-        """Take in the norms of a step's two gradients, each without its weight; a step that is not finite is passed."""
-        if not (math.isfinite(policy) and math.isfinite(text)):
+        """Take in the norms of a step's two gradients, each without its weight.
+
+        A norm that is not finite or 0 (answers that are all alike have no gradient) is passed over.
+        """
+        if not (0.0 < policy < math.inf and 0.0 < text < math.inf):
             return
         old = self._means or (policy, text)
         self._means = (KEPT * old[0] + (1 - KEPT) * policy, KEPT * old[1] + (1 - KEPT) * text)

@@ -145,6 +145,8 @@ def mixed_facts(folder: Path, memory: MemoryConfig, role: Role, batch: SFTBatch)
             Objective(micro_batches=parts[half:], loss_sum=loss_sum, num_targets=targets / 2, weight=0.5),
         ]
         steps = [optimizer_step(engine, *(halves if mixed else whole)) for _ in range(2)]
+        # Afterwards the engine accumulates as ever.
+        optimizer_step(engine, *whole)
         export_model(engine, model, tokenizer, folder / f"mixed-{mixed}")
         results.append(
             AutoModelForCausalLM.from_pretrained(folder / f"mixed-{mixed}", dtype=torch.float32).state_dict()
@@ -202,6 +204,7 @@ def variant_facts(
         "ptx_loss": metrics.get("ptx/loss", -1.0),
         "ptx_weight": trainer.ptx_ratio.weight if trainer.ptx_ratio is not None else 0.0,
         "norms": metrics.get("ptx/policy_grad_norm", 0.0) / metrics.get("ptx/grad_norm", 1.0),
+        "direct": float(engine.actor.module.get_output_embeddings().direct),
         "averaged": float(engine.average.steps) if engine.average is not None else 0.0,
         "score_error": float((experience.scores - lengths(prompts, experience.rollout)).abs().max()) if own else 0.0,
     }
@@ -210,10 +213,11 @@ def variant_facts(
 def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch, role: Role) -> dict[str, Any]:
     """All facts; `config` is that of a small PPO run."""
     facts: dict[str, Any] = {}
+    single = replace(role, micro_batch_size_per_gpu=1)
     for stage in (0, 1, 2, 3):
         memory = replace(config.memory, zero_stage=stage)
         facts[f"ema_zero{stage}_fp32"] = ema_facts(folder, memory, role, batch)
-        facts[f"mixed_zero{stage}"] = mixed_facts(folder, memory, role, batch)
+        facts[f"mixed_zero{stage}"] = mixed_facts(folder, memory, single, batch)
     for stage in (0, 3):
         memory = replace(config.memory, zero_stage=stage, precision=type(config.memory.precision).bf16)
         facts[f"ema_zero{stage}_bf16"] = ema_facts(folder, memory, role, batch)
@@ -222,7 +226,7 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch,
         for name in ("rollout_batch_size", "mini_batch_size", "micro_batch_size_per_gpu", "optimizer")
     }
     facts["mixed_offload"] = mixed_facts(
-        folder, replace(config.memory, zero_stage=3, offload_optimizer=True), role, batch
+        folder, replace(config.memory, zero_stage=3, offload_optimizer=True), single, batch
     )
     extras = {"ema": EmaConfig(decay=0.9), "ptx": PtxConfig(coef=0.5, mode=PtxMode.grad_ratio)}
     stages = {

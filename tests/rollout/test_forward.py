@@ -1,5 +1,6 @@
 """Forward passes over compact sequences, against a plain one over padded ones."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -7,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig, LlamaConfig, OPTConfig
 
-from rlhf.batch import Rollout
+from rlhf.batch import Rollout, SFTBatch
 from rlhf.functional.masking import position_ids
 from rlhf.models.head import LogprobHead, make_answerable
-from rlhf.rollout.forward import response_logprobs_and_entropy, sequence_scores
+from rlhf.rollout.forward import next_token_loss, response_logprobs_and_entropy, sequence_scores, target_logprobs
 
 VOCABULARY, LIMIT = 64, 61
 SMALL = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -69,8 +70,33 @@ def test_values_and_gradients_are_those_of_padded_sequences_and_whole_logits(nam
         assert not entropy.requires_grad
         ours = torch.autograd.grad((logprobs * weights).sum(), list(model.parameters()), allow_unused=True)
         for one, other in zip(ours, plain, strict=True):
-            if one is not None and other is not None:
+            assert (one is None) == (other is None)
+            if one is not None:
                 torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_losses_of_text_are_those_of_whole_logits_also_without_targets(name: str) -> None:
+    model = _model(name)
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.arange(7) < torch.tensor([7, 4, 2]).unsqueeze(1)
+    batch = SFTBatch(
+        sequence_ids=torch.randint(3, LIMIT, (3, 7), generator=generator),
+        attention_mask=mask,
+        loss_mask=mask & (torch.arange(7) >= 2),
+    )
+    logits = model(input_ids=batch.sequence_ids, attention_mask=mask).logits[:, :-1, :LIMIT]
+    picked = logits.log_softmax(dim=-1).gather(2, batch.sequence_ids[:, 1:].unsqueeze(2)).squeeze(2)
+    make_answerable(model)
+    empty = next_token_loss(model, replace(batch, loss_mask=torch.zeros_like(mask)), vocab_limit=LIMIT)
+    assert empty.item() == 0.0
+    empty.backward()  # Ranks stay in step: every pass has its backward pass.
+    assert model.get_output_embeddings().direct == (name != "gemma2")
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
+    loss = next_token_loss(model, batch, vocab_limit=LIMIT)
+    torch.testing.assert_close(loss, -picked[batch.loss_mask[:, 1:]].sum(), rtol=1e-4, atol=1e-4)
+    each = target_logprobs(model, batch.sequence_ids, mask, batch.loss_mask, vocab_limit=LIMIT)
+    torch.testing.assert_close(each, torch.where(batch.loss_mask[:, 1:], picked, 0.0), rtol=1e-4, atol=1e-4)
 
 
 def test_a_head_answers_only_when_asked_also_after_an_error() -> None:

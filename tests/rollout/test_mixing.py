@@ -23,6 +23,7 @@ def test_steps_that_are_not_finite_and_gradients_of_zero_are_passed() -> None:
     ratio.update(1.0, math.inf)
     assert ratio.weight == 0.5
     ratio.update(1.0, 0.0)
+    ratio.update(0.0, 3.0)
     assert ratio.weight == 0.5
 
 

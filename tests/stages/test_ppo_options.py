@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.config.policy import EmaConfig, PtxConfig
-from rlhf.config.schema import OptimizerConfig
+from rlhf.config.policy import EmaConfig, PtxConfig, PtxMode
+from rlhf.config.schema import Config, MemoryConfig, OptimizerConfig
+from rlhf.planner.memory import mix_problems
 from rlhf.rollout.advantages import estimator
 from rlhf.stages.grpo.config import GRPOConfig
 from rlhf.stages.pipeline.config import PipelineConfig
@@ -28,6 +29,7 @@ def problems(**options: object) -> list[str]:
         ({"ema": EmaConfig(start_step=200)}, "stage.ema.decay=null: nothing is averaged"),
         ({"ema": EmaConfig(decay=0.9, start_step=200)}, "the actor has 200 optimizer steps"),
         ({"ptx": PtxConfig(batch_size=8)}, "stage.ptx.coef=0.0: no pretraining text is mixed in"),
+        ({"ptx": PtxConfig(mode=PtxMode.grad_ratio)}, "stage.ptx.coef=0.0: no pretraining text is mixed in"),
         ({"ptx": PtxConfig(coef=0.5, batch_size=3)}, "stage.ptx.batch_size=3 is not a multiple of the 2 ranks"),
         ({"critic_warmup_iterations": 100}, "the actor would never be trained"),
         ({"kl_target": 6.0, "kl_coef": 0.0}, "stage.kl_coef=0.0: an adaptive coefficient"),
@@ -57,3 +59,13 @@ def test_functions_of_a_users_own_are_looked_for_in_every_stage(tmp_path: Path) 
     bad = PipelineConfig(ppo=PPOConfig(advantage=f"{tmp_path}/mine.py:advantage"))
     (problem,) = reference_problems(bad, "stage")
     assert problem.startswith("stage.ppo.advantage=") and "defines no advantage" in problem
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_that_cannot_be_told_apart_are_refused(stage: int) -> None:
+    ptx = PtxConfig(coef=0.5, mode=PtxMode.grad_ratio)
+    config = Config(stage=PPOConfig(ptx=ptx), memory=MemoryConfig(zero_stage=stage, offload_optimizer=True))
+    found = list(mix_problems(config))
+    assert bool(found) == (stage in (1, 2))
+    assert all(problem.startswith("stage.ptx.mode=grad_ratio: ZeRO-") for problem in found)
+    assert not list(mix_problems(Config(stage=PPOConfig(ptx=ptx), memory=MemoryConfig(zero_stage=stage))))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from rlhf.config.choices import KlPlacement
+from rlhf.config.choices import KlPlacement, PtxMode
 from rlhf.config.fields import option, option_factory
 from rlhf.config.policy import EmaConfig, HealthConfig, PtxConfig
 from rlhf.config.roles import Role, divisibility_problems
@@ -153,7 +153,7 @@ class PPOConfig(StageConfig):
                 f"{prefix}.ema.start_step={self.ema.start_step}: the actor has {steps} optimizer steps, so that "
                 "nothing would be averaged"
             )
-        if self.ptx.coef == 0 and self.ptx.batch_size is not None:
+        if self.ptx.coef == 0 and (self.ptx.batch_size is not None or self.ptx.mode is not PtxMode.coef):
             found.append(f"{prefix}.ptx.coef=0.0: no pretraining text is mixed in; give a weight, or leave ptx out")
         return found
 

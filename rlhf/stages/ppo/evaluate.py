@@ -156,11 +156,11 @@ class Evaluator:
 
 def held_out_texts(session: Session, *, most: int) -> Any:
     """Held-out rows of what the pretraining mix is drawn from: plain texts, or the SFT part's answers; None without."""
-    for name in (PTX, "sft"):
-        if session.data.has_part(name, held_out=True):
-            rows = session.data.part(name, held_out=True)
-            return rows.select(range(min(most, len(rows))))
-    return None
+    name = PTX if session.data.has_part(PTX, held_out=False) else "sft"
+    if not session.data.has_part(name, held_out=True):
+        return None
+    rows = session.data.part(name, held_out=True)
+    return rows.select(range(min(most, len(rows))))
 
 
 _NUMBERS = ("score", "kl", "reference_nats", "tokens", "ended")

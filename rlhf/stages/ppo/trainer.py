@@ -101,7 +101,8 @@ class DeepSpeedPPOTrainer:
             prompts: this rank's prompts [B / group_size, P], left-padded.
 
         Returns:
-            An experience of B rows on the engines' device, the `group_size` answers to a prompt one behind the other.
+            An experience of B rows on the engines' device (its `update_order` on the CPU), the `group_size` answers to
+            a prompt one behind the other.
             Log-probabilities and values are those of the present actor and critic, in evaluation mode and without
             gradient; values are 0 without a critic.
         """
@@ -255,8 +256,11 @@ class DeepSpeedPPOTrainer:
     def _mini_batches(self, experience: Experience) -> Iterator[list[Experience]]:
         """The micro-batches of each optimizer step: this rank's rows, shuffled anew in every pass over them."""
         rollout = experience.rollout
+        order = experience.update_order.cpu()
+        if not torch.equal(order.sort().values, torch.arange(len(experience))):
+            # Rows were left out or put together since: there is no pass to repeat.
+            order = torch.randperm(len(experience), generator=self._shuffle)
         for epoch in range(self.stage.ppo_epochs):
-            order = experience.update_order
             if epoch:
                 order = torch.randperm(len(experience), generator=self._shuffle)
             for groups in self._groups(rollout, order):
