@@ -150,7 +150,7 @@ def facts_of(first: Path, reward_model: Path) -> dict[str, str]:
         json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (first, reward_model)
     )
     return {
-        "command": f"`python benchmarks/algorithms.py {' '.join(sys.argv[1:])}`",
+        "command": f"`python benchmarks/algorithms.py {' '.join(sys.argv[1:])}".rstrip() + "`",
         "commit": summary["git_commit"],
         "commit of the SFT and reward models": earlier["git_commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
