@@ -42,7 +42,7 @@ run: .venv/installed
 	$(BIN)/python launch.py
 
 test: check
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 check: .venv/installed-dev
 	$(BIN)/ruff check $(STYLED)

@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, a cache of their own, and annotations (tensor shapes too) checked at run time."""
 
 import os
+from typing import Any
 
 import jaxtyping
 import pytest
@@ -21,12 +22,21 @@ settings.register_profile("rlhf", deadline=None, derandomize=True, max_examples=
 settings.load_profile("rlhf")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that share what takes long to make run in the same process (`pytest -n 2 --dist loadgroup`)."""
-    for item in items:
-        together = "distributed" if item.path.parent.name == "distributed" else item.path.stem
-        item.add_marker(pytest.mark.xdist_group(together))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With `pytest -n 2` a file's tests run in one process, and so do all of distributed/, which share trained models.
+
+    xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            path = nodeid.split("::")[0]
+            return "distributed" if "distributed/" in path else path
+
+    config.option.loadscopereorder = False  # What takes longest begins early.
+    return Together(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
