@@ -66,7 +66,7 @@ def main() -> int:
     head = ["seed", "score", "text loss of the SFT model", "PPO", "PPO with the mix", "KL", "KL with the mix"]
     head += ["last score", "last score with the mix"]
     lines = [
-        f"- command: `python benchmarks/ptx.py {' '.join(sys.argv[1:])}`",
+        f"- command: `python benchmarks/ptx.py {' '.join(sys.argv[1:])}".rstrip() + "`",
         "- at the highest score that both runs reached; loss on held-out text in nats per token",
         "",
         f"| {' | '.join(head)} |",
