@@ -11,16 +11,14 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from quality import MODELS  # noqa: E402
+from quality import MODELS, launch  # noqa: E402
 
 KL, SCORE, JUDGE = "eval/kl_per_sequence", "eval/score", "eval/judge_positive"
 BEST = "best_of_n"
@@ -28,16 +26,6 @@ BEST = "best_of_n"
 COLOURS = {"ppo": "#0072B2", "grpo": "#009E73", "rloo": "#E69F00", "reinforce_pp": "#CC79A7", BEST: "#4b5563"}
 NAMES = {"ppo": "PPO", "grpo": "GRPO", "rloo": "RLOO", "reinforce_pp": "REINFORCE++", BEST: "best of n"}
 Point = dict[str, float]
-
-
-def launch(run_dir: Path, *overrides: str, made: str = "summary.json") -> None:
-    """Run unless `made` is there already; the whole time is kept beside the run."""
-    if (run_dir / made).is_file():
-        return
-    started = time.time()
-    command = [sys.executable, str(ROOT / "launch.py"), f"run_dir={run_dir}", *overrides]
-    subprocess.run(command, check=True, cwd=ROOT)
-    (run_dir / "wall_seconds").write_text(f"{time.time() - started:.0f}", encoding="utf-8")
 
 
 def run_seed(seed: int, stages: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Path]:
@@ -53,19 +41,19 @@ def run_seed(seed: int, stages: Sequence[str], overrides: Sequence[str], folder:
 
 
 def points(run_dir: Path) -> list[Point]:
-    """What was evaluated, in order: iteration or number of answers, KL, score, judge, length."""
+    """What was evaluated, in order of the iterations or numbers of answers ("step")."""
     rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    names = (KL, SCORE, JUDGE, "eval/score_std", "eval/response_length", "eval/eos_rate")
-    return [{"step": row["step"], **{name: row[name] for name in names}} for row in rows if SCORE in row]
+    kept = [{name: row[name] for name in row if name == "step" or name.startswith("eval/")} for row in rows]
+    return [row for row in kept if SCORE in row]
 
 
-def kl_to_reach(curve: Sequence[Point], score: float) -> float | None:
-    """KL at which a curve first reaches a score, on the line between its evaluations; None if it never does."""
+def at_score(curve: Sequence[Point], score: float, name: str) -> float | None:
+    """A metric where a curve first reaches a score, on the line between its evaluations; None if it never does."""
     for before, after in itertools.pairwise(curve):
         if after[SCORE] >= score:
             rise = after[SCORE] - before[SCORE]
             share = min(1.0, max(0.0, (score - before[SCORE]) / rise)) if rise > 0 else 1.0
-            return before[KL] + share * (after[KL] - before[KL])
+            return before[name] + share * (after[name] - before[name])
     return None
 
 
@@ -82,7 +70,7 @@ def seed_rows(seed: int, curves: dict[str, list[Point]]) -> list[list[str]]:
         shown = curve if stage == BEST else curve[-1:]
         for point in shown:
             name = f"best of {point['step']:.0f}" if stage == BEST else NAMES[stage]
-            reach = kl_to_reach(curve, eight[SCORE]) if eight is not None and stage != BEST else None
+            reach = at_score(curve, eight[SCORE], KL) if eight is not None and stage != BEST else None
             needed = "" if stage == BEST else "not reached" if reach is None else f"{reach:.1f}"
             numbers = [f"{point[SCORE]:.2f}", f"{100 * point[JUDGE]:.1f}", f"{point[KL]:.2f}"]
             lengths = [f"{point['eval/response_length']:.1f}", f"{100 * point['eval/eos_rate']:.0f}"]

@@ -5,41 +5,24 @@ benchmarks/algorithms.py; PPO with the mix starts from the same SFT and reward m
 """
 
 import argparse
-import itertools
-import json
 import statistics
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
-from algorithms import ROOT, SCORE, launch, run_seed
+from algorithms import KL, ROOT, SCORE, Point, at_score, points, run_seed
+from quality import launch
 
 TEXT = "eval/text_loss"
-Curve = list[dict[str, float]]
 
 
-def curve_of(run_dir: Path) -> Curve:
-    """Score, text loss and KL of each evaluation."""
-    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if SCORE in row]
-
-
-def at_score(curve: Sequence[dict[str, float]], score: float, name: str) -> float:
-    """A metric where the curve first reaches a score, on the line between its evaluations."""
-    for before, after in itertools.pairwise(curve):
-        if after[SCORE] >= score:
-            rise = after[SCORE] - before[SCORE]
-            part = min(1.0, max(0.0, (score - before[SCORE]) / rise)) if rise > 0 else 1.0
-            return before[name] + part * (after[name] - before[name])
-    return curve[-1][name]
-
-
-def row(seed: int, plain: Curve, mixed: Curve) -> tuple[list[str], tuple[float, float]]:
+def row(seed: int, plain: list[Point], mixed: list[Point]) -> tuple[list[str], tuple[float, float]]:
     """A line of the table, and what the text loss rose by without and with the mix."""
-    score = min(max(point[SCORE] for point in curve) for curve in (plain, mixed))
-    start = plain[0][TEXT]
-    rises = (at_score(plain, score, TEXT) - start, at_score(mixed, score, TEXT) - start)
-    kls = [at_score(curve, score, "eval/kl_per_sequence") for curve in (plain, mixed)]
+    curves = (plain, mixed)
+    score, start = min(max(point[SCORE] for point in curve) for curve in curves), plain[0][TEXT]
+    losses_at, kls = ([at_score(curve, score, name) for curve in curves] for name in (TEXT, KL))
+    if None in losses_at:
+        raise SystemExit(f"seed {seed}: a run never scored better than at its start; there is nothing to compare")
+    rises = (losses_at[0] - start, losses_at[1] - start)
     losses = [f"{start:.3f}", f"{start + rises[0]:.3f}", f"{start + rises[1]:.3f}"]
     finals = [f"{plain[-1][SCORE]:.2f}", f"{mixed[-1][SCORE]:.2f}"]
     return [str(seed), f"{score:.2f}", *losses, *(f"{kl:.1f}" for kl in kls), *finals], rises
@@ -60,7 +43,7 @@ def main() -> int:
         models = (f"stage.actor_model={pipeline}/sft/model", f"stage.reward_model={pipeline}/rm/model")
         mix = (f"stage.ptx.coef={options.coef}", "stage.ptx.mode=grad_ratio")
         launch(mixed, "stage=ppo", f"seed={seed}", *models, *mix)
-        cells, rise = row(seed, curve_of(plain), curve_of(mixed))
+        cells, rise = row(seed, points(plain), points(mixed))
         rows.append(cells)
         rises.append(rise)
     head = ["seed", "score", "text loss of the SFT model", "PPO", "PPO with the mix", "KL", "KL with the mix"]

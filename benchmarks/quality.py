@@ -20,13 +20,12 @@ sys.path.insert(0, str(ROOT))
 MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["experiment=smollm2_lora"]}
 
 
-def run_seed(seed: int, overrides: list[str], folder: Path) -> Path:
-    """Train with one seed unless that is done already; return the run directory."""
-    run_dir = folder / f"seed{seed}"
-    if not (run_dir / "ppo" / "summary.json").is_file():
+def launch(run_dir: Path, *overrides: str, made: str = "summary.json") -> Path:
+    """Run launch.py unless `made` is there already; its whole time is kept beside the run. Return the run directory."""
+    if not (run_dir / made).is_file():
         started = time.time()
-        command = [sys.executable, str(ROOT / "launch.py"), f"seed={seed}", f"run_dir={run_dir}", *overrides]
-        command.append("reuse=off")  # The whole time is measured.
+        # Nothing is taken over from other runs: the whole time is measured.
+        command = [sys.executable, str(ROOT / "launch.py"), f"run_dir={run_dir}", "reuse=off", *overrides]
         subprocess.run(command, check=True, cwd=ROOT)
         (run_dir / "wall_seconds").write_text(f"{time.time() - started:.0f}", encoding="utf-8")
     return run_dir
@@ -122,7 +121,10 @@ def main() -> int:
     folder = (options.folder or ROOT / "runs" / f"quality-{options.model}").resolve()
     overrides = [*MODELS[options.model], *options.overrides]
     bigram = bigram_perplexity(overrides)
-    directories = {seed: run_seed(seed, overrides, folder) for seed in options.seeds}
+    directories = {
+        seed: launch(folder / f"seed{seed}", f"seed={seed}", *overrides, made="ppo/summary.json")
+        for seed in options.seeds
+    }
     rows = {seed: figures(directory, bigram) for seed, directory in directories.items()}
     first = directories[options.seeds[0]]
     summary = json.loads((first / "ppo" / "summary.json").read_text())
@@ -143,7 +145,7 @@ def main() -> int:
     results = ROOT / "benchmarks" / "results"
     results.mkdir(exist_ok=True)
     verdicts = {seed: goals(row, model=options.model, kl_budget=kl_budget) for seed, row in rows.items()}
-    content = {"facts": facts, "seeds": rows, "goals": verdicts}
+    content = {"facts": facts, "seeds": rows}
     target = results / f"quality-{options.model}.json"
     target.write_text(json.dumps(content, indent=1), encoding="utf-8")
     text = table(rows, verdicts, facts)

@@ -1,6 +1,5 @@
 """The figures of README.md, written from benchmarks/results: `python benchmarks/readme.py` (a test compares them)."""
 
-import contextlib
 import json
 import re
 import statistics
@@ -59,16 +58,10 @@ def quality(model: str) -> str:
         ("PPO: tokens per answer", change("length")),
         ("PPO: answers that end with EOS", number("EOS rate after (%)", 0, " %")),
         ("PPO: KL per answer in nats (budget: 15)", number("KL per sequence")),
-        (
-            "PPO: perplexity of the answers under the SFT model",
-            change("perplexity of the answers under the SFT model", 0),
-        ),
         ("whole command, minutes", minutes),
     ]
     table = [f"| | {' | '.join(f'seed {seed}' for seed in rows)} |", "|---|" + "---:|" * len(rows)]
-    for title, cell in lines:
-        with contextlib.suppress(KeyError):  # Older results have fewer figures.
-            table.append(f"| {title} | {' | '.join(cell(row) for row in rows.values())} |")
+    table += [f"| {title} | {' | '.join(cell(row) for row in rows.values())} |" for title, cell in lines]
     met = [met for row in rows.values() for met in goals(row, model=model, kl_budget=15.0).values()]
     return "\n".join([*table, "", f"{sum(met)} of {len(met)} goals met. {source(content['facts'])}"])
 

@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-from algorithms import JUDGE, KL, SCORE, kl_to_reach, verdicts
+from algorithms import JUDGE, KL, SCORE, at_score, verdicts
 from ptx import TEXT, row
 from quality import goals
 
@@ -22,9 +22,9 @@ def _curve(*points: tuple[float, float]) -> list[dict[str, float]]:
 
 def test_the_kl_at_a_score_lies_between_evaluations() -> None:
     curve = _curve((0.0, 0.0), (2.0, 1.0), (6.0, 2.0))
-    assert kl_to_reach(curve, 1.5) == pytest.approx(4.0)
-    assert kl_to_reach(curve, 1.0) == pytest.approx(2.0)
-    assert kl_to_reach(curve, 2.5) is None
+    assert at_score(curve, 1.5, KL) == pytest.approx(4.0)
+    assert at_score(curve, 1.0, KL) == pytest.approx(2.0)
+    assert at_score(curve, 2.5, KL) is None
 
 
 def test_ppo_is_held_against_the_best_of_eight() -> None:

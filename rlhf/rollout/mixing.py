@@ -32,11 +32,3 @@ class GradientRatio:
             return
         old = self._means or (policy, text)
         self._means = (KEPT * old[0] + (1 - KEPT) * policy, KEPT * old[1] + (1 - KEPT) * text)
-
-    def state_dict(self) -> dict[str, tuple[float, float] | None]:
-        """The running means."""
-        return {"means": self._means}
-
-    def load_state_dict(self, state: dict[str, tuple[float, float] | None]) -> None:
-        """Go on from what `state_dict` gave."""
-        self._means = state["means"]

@@ -25,10 +25,3 @@ def test_steps_that_are_not_finite_and_gradients_of_zero_are_passed() -> None:
     ratio.update(1.0, 0.0)
     ratio.update(0.0, 3.0)
     assert ratio.weight == 0.5
-
-
-def test_it_goes_on_where_another_stood() -> None:
-    first, second = GradientRatio(0.5), GradientRatio(0.5)
-    first.update(1.0, 3.0)
-    second.load_state_dict(first.state_dict())
-    assert second.weight == first.weight

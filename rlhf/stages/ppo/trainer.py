@@ -12,13 +12,14 @@ from torch import Tensor
 from rlhf.batch import Experience, PromptBatch, Rollout, SFTBatch
 from rlhf.config.choices import KlPlacement, PtxMode
 from rlhf.config.errors import ConfigError
+from rlhf.config.validate import raise_problems
 from rlhf.engine.distributed import all_reduce_sum, rank, world_size
-from rlhf.engine.shards import GradientShares
 from rlhf.engine.update import Objective, StepResult, optimizer_step
 from rlhf.functional.kl import adaptive_kl_coef, kl_k1, kl_k2, per_sequence_kl
 from rlhf.functional.losses import PolicyLossStats, policy_loss, value_loss
 from rlhf.functional.masking import masked_moments, masked_sum, masked_whiten
 from rlhf.functional.rewards import token_rewards
+from rlhf.planner.memory import mix_problems
 from rlhf.rollout.advantages import Estimator, Signals, estimator
 from rlhf.rollout.forward import (
     in_groups,
@@ -86,11 +87,7 @@ class DeepSpeedPPOTrainer:
         self.pretraining = pretraining
         ptx = self.stage.ptx
         self.ptx_ratio = GradientRatio(ptx.coef) if ptx.coef and ptx.mode is PtxMode.grad_ratio else None
-        if self.ptx_ratio is not None and not GradientShares.readable(engine.actor):
-            raise ConfigError(
-                "stage.ptx.mode=grad_ratio: ZeRO-1 and 2 with the optimizer on the host tell no two gradients "
-                "apart; take memory.zero_stage=3 or stage.ptx.mode=coef"
-            )
+        raise_problems(mix_problems(self.args))
         # Its own generator: the order of the updates does not depend on how much was sampled.
         self._shuffle = torch.Generator().manual_seed(self.args.seed * 1000 + rank())
 
@@ -256,6 +253,7 @@ class DeepSpeedPPOTrainer:
     def _mini_batches(self, experience: Experience) -> Iterator[list[Experience]]:
         """The micro-batches of each optimizer step: this rank's rows, shuffled anew in every pass over them."""
         rollout = experience.rollout
+        lengths = rollout.attention_mask.sum(dim=1).cpu()
         order = experience.update_order.cpu()
         if not torch.equal(order.sort().values, torch.arange(len(experience))):
             # Rows were left out or put together since: there is no pass to repeat.
@@ -264,11 +262,12 @@ class DeepSpeedPPOTrainer:
             if epoch:
                 order = torch.randperm(len(experience), generator=self._shuffle)
             for groups in self._groups(rollout, order):
-                parts = [experience.rows(group) for group in groups]
-                tokens = sum(int(part.rollout.attention_mask.sum()) for part in parts)
-                places = sum(len(part) * int(part.rollout.attention_mask.sum(dim=1).max()) for part in parts)
-                self.metrics.add("actor/padding_share", float(places - tokens), places)
-                yield parts
+                widths = [lengths[group] for group in groups]
+                places = sum(len(width) * int(width.max()) for width in widths)
+                self.metrics.add(
+                    "actor/padding_share", float(places - sum(int(width.sum()) for width in widths)), places
+                )
+                yield [experience.rows(group) for group in groups]
 
     def _groups(self, rollout: Rollout, order: Tensor) -> list[list[Tensor]]:
         """The rows of the micro-batches of each mini-batch of a pass that takes the rows in the given order."""
