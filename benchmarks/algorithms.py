@@ -132,15 +132,17 @@ def draw(results: dict[int, dict[str, list[Point]]], target: Path) -> None:
     figure.savefig(target)
 
 
-def facts_of(first: Path, reward_model: Path) -> dict[str, str]:
-    """What the figures were measured with."""
-    summary, earlier = (
-        json.loads((path / "summary.json").read_text(encoding="utf-8")) for path in (first, reward_model)
-    )
+def facts_of(found: dict[str, Path], reward_model: Path) -> dict[str, str]:
+    """What the figures of a seed were measured with."""
+    summaries = {
+        stage: json.loads((path / "summary.json").read_text(encoding="utf-8")) for stage, path in found.items()
+    }
+    earlier = json.loads((reward_model / "summary.json").read_text(encoding="utf-8"))
+    commits = [f"{NAMES[stage]} {summary['git_commit'][:7]}" for stage, summary in summaries.items()]
+    summary = summaries["ppo"]
     return {
         "command": f"`python benchmarks/algorithms.py {' '.join(sys.argv[1:])}".rstrip() + "`",
-        "commit": summary["git_commit"],
-        "commit of the SFT and reward models": earlier["git_commit"],
+        "commit": ", ".join([*commits, f"SFT and reward models {earlier['git_commit'][:7]}"]),
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
         "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {summary['ranks']} ranks, "
         f"{summary['precision']}",
@@ -172,7 +174,7 @@ def main() -> int:
     overrides = [*MODELS[options.model], *options.overrides]
     runs = {seed: run_seed(seed, options.stages, overrides, folder) for seed in options.seeds}
     results = {seed: {stage: points(path) for stage, path in found.items()} for seed, found in runs.items()}
-    facts = facts_of(next(iter(runs.values()))["ppo"], folder / f"seed{options.seeds[0]}" / "rm")
+    facts = facts_of(next(iter(runs.values())), folder / f"seed{options.seeds[0]}" / "rm")
     target = ROOT / "benchmarks" / "results" / f"algorithms-{options.model}"
     draw(results, target.with_suffix(".png"))
     content: dict[str, Any] = {"facts": facts, "seeds": results}

@@ -68,7 +68,8 @@ def quality(model: str) -> str:
 
 def source(facts: dict[str, str]) -> str:
     """What figures were measured with."""
-    return f"Measured by {facts['command']} at commit {facts['commit'][:7]}: {facts['hardware']}; {facts['versions']}."
+    commit = facts["commit"][:7] if " " not in facts["commit"] else facts["commit"]
+    return f"Measured by {facts['command']} at commit {commit}: {facts['hardware']}; {facts['versions']}."
 
 
 def algorithms(model: str) -> str:
