@@ -17,7 +17,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["experiment=smollm2_lora"]}
+MODELS = {"tiny": ["model=tiny"], "smollm2-135m": ["model=smollm2-135m", "lora=r8"]}
 
 
 def launch(run_dir: Path, *overrides: str, made: str = "summary.json") -> Path:

@@ -30,8 +30,9 @@ one level lower: `stage.ppo.kl_coef`. `python launch.py mode=explain key=KEY` te
 value came from.
 
 The defaults below are those of the typed fields. A choice of a group sets its own over them, and so do the values that
-are tuned for a stage, a model and a piece of hardware: `conf/tuned/STAGE-MODEL.yaml`, and over those
-`conf/tuned/hardware/STAGE-MODEL-HARDWARE.yaml`. `NAME` in a key stands for a name that you choose yourself."""
+are tuned for a stage and a model, `conf/tuned/STAGE-MODEL.yaml`, and over those the ones for adapters,
+`conf/tuned/lora/STAGE-MODEL-LORA.yaml`, and for a piece of hardware, `conf/tuned/hardware/STAGE-MODEL-HARDWARE.yaml`.
+`NAME` in a key stands for a name that you choose yourself."""
 _WORDS: dict[Any, str] = {
     bool: "`true` or `false`",
     int: "integer",

@@ -7,6 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from miniature import launch, small_model
 
 Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
@@ -19,12 +20,17 @@ def table(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.open()))
 
 
+def kl_coef(run_dir: Path) -> float:
+    """What a finished pipeline's PPO ran with."""
+    return float(yaml.safe_load((run_dir / "ppo" / "config.yaml").read_text())["stage"]["kl_coef"])
+
+
 @pytest.fixture(scope="module")
 def swept(finished: Finished) -> Swept:
     """Three jobs beside a finished pipeline: one is new in PPO alone, one is the same, one cannot run."""
     run_dir, arguments, _ = finished
     folder = run_dir.parents[1]
-    swept_arguments = ["-m", *arguments, "stage.ppo.kl_coef=0.02,0.07,-1"]
+    swept_arguments = ["-m", *arguments, f"stage.ppo.kl_coef=0.02,{kl_coef(run_dir)},-1"]
     return folder, swept_arguments, launch(*swept_arguments, folder=folder)
 
 
@@ -42,13 +48,13 @@ def test_a_stage_with_the_same_inputs_is_trained_once(finished: Finished, swept:
     assert sum(line.startswith(f"ppo: reused, trained with the same inputs by {run_dir}") for line in lines) == 1
 
 
-def test_the_summary_tells_what_came_of_each_job(swept: Swept) -> None:
+def test_the_summary_tells_what_came_of_each_job(finished: Finished, swept: Swept) -> None:
     folder, _, done = swept
     assert done.returncode == 2  # One job could not run.
     rows = table(folder)
     assert [(row["stage.ppo.kl_coef"], row["state"]) for row in rows] == [
         ("0.02", "done"),
-        ("0.07", "done"),
+        (f"{kl_coef(finished[0])}", "done"),
         ("-1", "failed"),
     ]
     for row in rows[:2]:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from rlhf.launcher.command import PROJECT
 
@@ -31,8 +32,9 @@ def test_a_plan_shows_commands_and_writes_them(tmp_path: Path) -> None:
     rendered = {block.split("\n")[0]: json.loads(block.split("\n", 1)[1].split("\n\n# ")[0]) for block in blocks}
     assert list(rendered) == ["actor", "critic", "reference", "reward model"]
     assert rendered["actor"]["zero_optimization"]["stage"] == 3
-    assert "stage.ppo.kl_coef=0.07" in done.stdout
-    assert "conf/tuned/ppo-tiny.yaml" in done.stdout
+    tuned = "conf/tuned/ppo-tiny.yaml"
+    assert f"stage.ppo.kl_coef={yaml.safe_load((PROJECT / tuned).read_text())['kl_coef']}" in done.stdout
+    assert tuned in done.stdout
     (folder,) = tmp_path.glob("runs/*/plan")
     assert json.loads((folder / "ppo-actor.json").read_text()) == rendered["actor"]
     assert {path.name for path in folder.iterdir()} >= {"plan.txt", "config.yaml", "sft-model.json", "ppo-critic.json"}
