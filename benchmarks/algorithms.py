@@ -1,8 +1,8 @@
 """PPO, GRPO, RLOO and best-of-n from the same SFT and reward model: score and judge against KL.
 
-`python benchmarks/algorithms.py [--model tiny] [--seeds 1 2 3] [--stages ppo grpo rloo] [overrides …]` writes
-benchmarks/results/algorithms-MODEL.md, .json and .png. The SFT and the reward model of a seed are those of
-benchmarks/quality.py, whose directories it shares; each algorithm is a run of its own. Finished runs are read.
+`python benchmarks/algorithms.py [--model tiny] [--seeds 1 2 3] [--stages grpo rloo] [overrides …]` writes
+benchmarks/results/algorithms-MODEL.md, .json and .png. The SFT and the reward model of a seed, and its PPO, are those
+of benchmarks/quality.py, whose directories it shares; each other algorithm is a run of its own. Finished runs are read.
 """
 
 import argparse
@@ -31,13 +31,13 @@ Point = dict[str, float]
 def run_seed(seed: int, stages: Sequence[str], overrides: Sequence[str], folder: Path) -> dict[str, Path]:
     """All runs of a seed: the directory of each algorithm."""
     pipeline = folder / f"seed{seed}"
-    launch(pipeline, f"seed={seed}", *overrides, made="rm/summary.json")
+    launch(pipeline, f"seed={seed}", *overrides, made="ppo/summary.json")
     models = (f"stage.actor_model={pipeline}/sft/model", f"stage.reward_model={pipeline}/rm/model")
     common = [override for override in overrides if not override.startswith("stage.")]
     found = {stage: folder / f"seed{seed}-{stage}" for stage in (*stages, BEST)}
     for stage, run_dir in found.items():
         launch(run_dir, f"stage={stage}", f"seed={seed}", *models, *common)
-    return found
+    return {"ppo": pipeline / "ppo", **found}
 
 
 def points(run_dir: Path) -> list[Point]:
@@ -165,7 +165,7 @@ def main() -> int:
     """Run, collect, draw; exit code 1 if PPO falls behind best-of-8."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--stages", nargs="+", default=["ppo", "grpo", "rloo"])
+    parser.add_argument("--stages", nargs="+", default=["grpo", "rloo"], help="beside PPO")
     parser.add_argument("--model", choices=MODELS, default="tiny")
     parser.add_argument("--folder", type=Path, help="where the runs are: runs/quality-MODEL")
     parser.add_argument("overrides", nargs="*", help="configuration overrides as for launch.py")

@@ -38,7 +38,7 @@ def main() -> int:
     rows, rises = [], []
     for seed in options.seeds:
         pipeline = options.folder.resolve() / f"seed{seed}"
-        plain = run_seed(seed, ["ppo"], [], options.folder.resolve())["ppo"]
+        plain = run_seed(seed, [], [], options.folder.resolve())["ppo"]
         mixed = pipeline.with_name(f"seed{seed}-ptx-{options.coef:g}")
         models = (f"stage.actor_model={pipeline}/sft/model", f"stage.reward_model={pipeline}/rm/model")
         mix = (f"stage.ptx.coef={options.coef}", "stage.ptx.mode=grad_ratio")

@@ -46,6 +46,8 @@ class TensorBatch:
 
 
 def _rows_of(values: Any, index: slice | Tensor) -> Any:
+    if values is None:
+        return None
     if isinstance(values, Tensor) or isinstance(index, slice):
         return values[index]
     positions = index.nonzero().flatten() if index.dtype == torch.bool else index
@@ -105,11 +107,18 @@ class PreferenceBatch(TensorBatch):
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Rollout(TensorBatch):
-    """Sampled responses behind their prompts. `response_mask` is True through EOS, EOS included."""
+    """Sampled responses behind their prompts. `response_mask` is True through EOS, EOS included.
+
+    Where the generating backend says so: `ended` is whether a response came to its end, by EOS or by what else ends
+    one; `sampled_logprobs` are the log-probabilities with which its tokens were drawn, under the sampling temperature,
+    of the whole distribution.
+    """
 
     sequence_ids: Int[Tensor, "B T"]
     prompt_mask: Bool[Tensor, "B P"]
     response_mask: Bool[Tensor, "B R"]
+    ended: Bool[Tensor, " B"] | None = None
+    sampled_logprobs: Float[Tensor, "B R"] | None = None
 
     @property
     def attention_mask(self) -> Bool[Tensor, "B T"]:

@@ -36,6 +36,22 @@ class Accelerator(Enum):
     cuda = "cuda"
 
 
+class RolloutBackend(Enum):
+    """What generates responses."""
+
+    auto = "auto"
+    native = "native"
+    hf = "hf"
+
+
+class Mismatch(Enum):
+    """What to do if generation and training disagree on log-probabilities."""
+
+    warn = "warn"
+    hf = "hf"
+    stop = "stop"
+
+
 class OnProblem(Enum):
     """What to do with a row that cannot be used."""
 

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+from rlhf.config.choices import Mismatch as Mismatch
 from rlhf.config.choices import Normalize as Normalize
 from rlhf.config.choices import PtxMode as PtxMode
+from rlhf.config.choices import RolloutBackend as RolloutBackend
 from rlhf.config.choices import RuleAction as RuleAction
 from rlhf.config.fields import option, option_factory
 
@@ -14,16 +16,50 @@ REWARD_MODEL = "reward_model"
 class RolloutConfig:
     """Sampling of responses."""
 
+    backend: RolloutBackend = option(
+        RolloutBackend.auto,
+        "What generates: native (packed weights, a static cache, continuous batching), hf (transformers' generate: any "
+        "model, slowly), or auto: native where it knows the model and the policy fits whole.",
+    )
     temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
     top_p: float = option(
         1.0, "Nucleus sampling; values below 1 bias the PPO ratio and are warned about.", above=0, maximum=1
     )
     top_k: int = option(0, "Sample from the k likeliest tokens; 0 for all. Other values bias the PPO ratio.", minimum=0)
+    min_p: float = option(
+        0.0,
+        "Leave out tokens less likely than this share of the likeliest one; 0 for none. Biases the PPO ratio.",
+        minimum=0,
+        maximum=1,
+    )
+    repetition_penalty: float = option(
+        1.0, "Divides positive logits of tokens that occurred; 1 for none. Biases the PPO ratio.", above=0
+    )
+    min_new_tokens: int = option(0, "No stop token is drawn before. Biases the PPO ratio.", minimum=0)
+    stop_tokens: list[str] = option_factory(list, "Tokens that end a response, beside EOS.")
+    stop: list[str] = option_factory(list, "Texts that end a response; what completes them belongs to it.")
     max_new_tokens: int | None = option(
         None, "Longest response in tokens; null takes data.max_response_length.", minimum=1
     )
     batch_size_per_gpu: int | None = option(
         None, "Prompts generated together on a rank; null for all at once.", minimum=1
+    )
+    tensor_parallel: int | None = option(
+        None,
+        "Native decoding: ranks that share the policy's weights while they answer their prompts together; null: one if "
+        "the policy fits whole, else the fewest over which it does.",
+        minimum=1,
+    )
+    release_cache: bool | None = option(
+        None, "Give the cache of keys and values back after each rollout; null: if it takes a tenth of the free memory."
+    )
+    mismatch: Mismatch = option(
+        Mismatch.hf,
+        "If generation and training differ in the tokens' log-probabilities by more than mismatch_tolerance: warn, go "
+        "on with hf, or stop the run.",
+    )
+    mismatch_tolerance: float = option(
+        0.1, "Mean difference of log-probabilities between generation and training, in nats per token.", above=0
     )
     gather: bool | None = option(
         None, "ZeRO-3: gather the whole policy once per rollout, instead of each layer at each token; null: if it fits."

@@ -49,9 +49,51 @@ def world_size() -> int:
     return dist.get_world_size()
 
 
+def local_world_size() -> int:
+    """Number of ranks on this machine, as the launcher says; all of them without a launcher."""
+    return int(os.environ.get("LOCAL_SIZE", world_size()))
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     dist.barrier()
+
+
+class RankGroup:
+    """Consecutive ranks that work on the same thing; every rank is in one group. Every rank must build it.
+
+    Args:
+        size: ranks in a group.
+
+    Attributes:
+        rank: this process's place in its group.
+        size: ranks in a group.
+
+    Raises:
+        ValueError: the ranks cannot be divided into groups of that size.
+    """
+
+    def __init__(self, size: int) -> None:
+        if world_size() % size:
+            raise ValueError(f"{world_size()} ranks cannot be divided into groups of {size}")
+        self.size, self.rank = size, rank() % size
+        self._first = rank() - self.rank
+        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size(), size)]
+        self._group = groups[rank() // size]
+
+    def add_up(self, values: Tensor) -> None:
+        """Replace a tensor by its element-wise sum over the group."""
+        dist.all_reduce(values, op=dist.ReduceOp.SUM, group=self._group)
+
+    def take_first(self, values: Tensor) -> None:
+        """Replace a tensor by that of the group's first rank."""
+        dist.broadcast(values, src=self._first, group=self._group)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        """Each rank's value, in the order of the group's ranks."""
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, value, group=self._group)
+        return gathered
 
 
 def all_reduce_sum(values: Tensor) -> Tensor:

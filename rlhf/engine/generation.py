@@ -38,6 +38,19 @@ def is_partitioned(engine: Any) -> bool:
 
 
 @contextmanager
+def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
+    """Within this context the parameters of a part of the engine's module are whole, to be read. Every rank must enter.
+
+    Under ZeRO-0 to 2 they always are.
+    """
+    if not is_partitioned(engine):
+        yield
+        return
+    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+        yield
+
+
+@contextmanager
 def _whole_parameters(engine: Any) -> Iterator[None]:
     optimizer = engine.optimizer
     offload = getattr(optimizer, "parameter_offload", None)

@@ -23,7 +23,7 @@ from rlhf.config.schema import (
     StageConfig,
     WeightSource,
 )
-from rlhf.planner.memory import choose_zero_stage, gathers_for_rollout, substages
+from rlhf.planner.memory import choose_zero_stage, rollout_ranks, substages
 
 CPU_RANKS = 2
 MICRO_BATCH = 8  # Sequences in a micro-batch that nobody chose, at most.
@@ -168,7 +168,9 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
     if config.memory.zero_stage is None:
         config = replace(config, memory=replace(config.memory, zero_stage=choose_zero_stage(config)))
     if config.rollout.gather is None:
-        config = replace(config, rollout=replace(config.rollout, gather=gathers_for_rollout(config)))
+        shared = rollout_ranks(config)
+        placed = replace(config.rollout, gather=shared is not None, tensor_parallel=shared or 1)
+        config = replace(config, rollout=placed)
     return config
 
 

@@ -108,8 +108,10 @@ def _memory(config: Config) -> Iterator[str]:
     if estimate.host:
         yield f"{config.stage.name}: and {estimate.host / GIB:.2f} of each rank in the host's memory"
     if estimate.gathered:
-        how = "gathered whole" if config.rollout.gather else "too large beside them, so layer by layer"
-        yield f"{config.stage.name}: the policy takes {estimate.gathered / GIB:.2f} more to generate ({how})"
+        shared = config.rollout.tensor_parallel or 1
+        whole = f"over {shared} ranks each" if shared > 1 else "gathered whole"
+        how = whole if config.rollout.gather else "too large beside them, so layer by layer"
+        yield f"{config.stage.name}: the policy takes {estimate.gathered / shared / GIB:.2f} more to generate ({how})"
 
 
 def _capacity(config: Config, estimate: StageMemory) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-from rlhf.config.choices import PtxMode
+from rlhf.config.choices import PtxMode, RolloutBackend
 from rlhf.config.roles import Role, roles_of
 from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig, WeightSource
 from rlhf.planner.architecture import architecture_of, from_directory
@@ -66,14 +66,14 @@ class StageMemory:
         """Bytes of all roles of one rank in the host's memory."""
         return sum(role.host for role in self.roles)
 
-    def fits(self, *, gather: bool, activations: float = 0.0) -> bool:
-        """Whether everything fits; unknown sizes do."""
+    def fits(self, *, gather: float, activations: float = 0.0) -> bool:
+        """Whether everything fits, with a share of the gathered policy; unknown sizes do."""
         if self.host_capacity is not None and self.host > self.host_capacity:
             return False
         if self.capacity is None:
             return True
         peak = self.states + self.reserve + activations * self.capacity
-        return peak + (self.gathered if gather else 0.0) <= self.capacity
+        return peak + self.gathered * gather <= self.capacity
 
 
 def substages(stage: StageConfig) -> list[StageConfig]:
@@ -188,22 +188,33 @@ def choose_zero_stage(config: Config) -> int:
     for zero_stage in (1, 2, 3):
         tried = replace(config, memory=replace(config.memory, zero_stage=zero_stage))
         estimates = [stage_memory(tried, stage) for stage in substages(config.stage)]
-        if all(estimate is None or estimate.fits(gather=False, activations=ACTIVATION_SHARE) for estimate in estimates):
+        if all(estimate is None or estimate.fits(gather=0.0, activations=ACTIVATION_SHARE) for estimate in estimates):
             return zero_stage
     return 3
 
 
-def gathers_for_rollout(config: Config) -> bool:
-    """Whether the whole policy fits beside the states while it generates under ZeRO-3."""
+def rollout_ranks(config: Config) -> int | None:
+    """The fewest ranks over which the policy fits beside the states while it generates; None if it does over none.
+
+    More than one is for native decoding: the ranks of a machine, of a number that divides the policy's heads.
+    """
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
-    return all(estimate is None or estimate.fits(gather=True) for estimate in estimates)
+    wanted = config.rollout.tensor_parallel
+    shape = architecture_of(config.model)
+    heads = (shape.num_kv_heads or shape.num_heads) if shape is not None else 1
+    most = 1 if config.rollout.backend is RolloutBackend.hf else config.hardware.gpus_per_node or 1
+    counts = [count for count in range(1, most + 1) if most % count == 0 and heads % count == 0]
+    for count in counts if wanted is None else [wanted]:
+        if all(estimate is None or estimate.fits(gather=1.0 / count) for estimate in estimates):
+            return count
+    return None
 
 
 def memory_problems(config: Config) -> Iterator[str]:
     """Say of every stage whose states the hardware cannot hold how much is missing, and what would help."""
     for stage in substages(config.stage):
         estimate = stage_memory(config, stage)
-        if estimate is None or estimate.fits(gather=False):
+        if estimate is None or estimate.fits(gather=0.0):
             continue
         parts = ", ".join(f"{role.role} {role.device / GIB:.1f}" for role in estimate.roles)
         hardware, memory = config.hardware, config.memory
@@ -245,7 +256,25 @@ def _remedy(config: Config) -> str:
 
 def _holds(config: Config) -> bool:
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
-    return all(estimate is None or estimate.fits(gather=False) for estimate in estimates)
+    return all(estimate is None or estimate.fits(gather=0.0) for estimate in estimates)
+
+
+def rollout_problems(config: Config) -> Iterator[str]:
+    """Say of a number of ranks that cannot share the policy's weights what it must divide."""
+    ranks, shape = config.rollout.tensor_parallel or 1, architecture_of(config.model)
+    if ranks == 1:
+        return
+    key = f"rollout.tensor_parallel={ranks}"
+    if config.rollout.backend is RolloutBackend.hf:
+        yield f"{key}: transformers' generate shares no weights; rollout.backend=native or auto does"
+    per_machine = config.hardware.gpus_per_node or 1
+    if per_machine % ranks:
+        yield f"{key}: does not divide the {per_machine} ranks of a machine"
+    if shape is not None and (shape.num_heads % ranks or (shape.num_kv_heads or ranks) % ranks):
+        yield (
+            f"{key}: does not divide the model's {shape.num_heads} heads and {shape.num_kv_heads or shape.num_heads} "
+            "heads of keys and values"
+        )
 
 
 def mix_problems(config: Config) -> Iterator[str]:

@@ -130,7 +130,9 @@ def encode_anew(
 
 
 def ended_with_eos(rollout: Rollout, *, eos_id: int) -> Bool[Tensor, " B"]:
-    """Whether the last token of each response is EOS."""
+    """Whether each response came to its end: by EOS, its last token, or by what else ends one in its generation."""
+    if rollout.ended is not None:
+        return rollout.ended
     last = rollout.response_mask.long().sum(dim=1).clamp(min=1) - 1
     return rollout.response_ids.gather(1, last.unsqueeze(1)).squeeze(1) == eos_id
 

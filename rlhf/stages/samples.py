@@ -3,9 +3,8 @@
 from typing import Any
 
 from rlhf.data.collate import collate_prompts
-from rlhf.rollout.generate import generate
 from rlhf.rollout.score import ended_with_eos, response_texts
-from rlhf.stages.session import Session, sampling_of
+from rlhf.stages.session import Session, generator_of
 
 
 def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int, count: int = 10) -> None:
@@ -13,9 +12,8 @@ def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int
     rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
     rows = rows.select(range(min(count, len(rows)))).to_list()
     prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
-    rollout = generate(
-        engine, prompts, tokenizer=session.tokenizer, sampling=sampling_of(session.config), vocab_limit=vocab_limit
-    )
+    generator = generator_of(session.config, engine, session.tokenizer, vocab_limit=vocab_limit)
+    rollout = generator.generate(prompts, seed=session.config.seed)
     ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
     lengths = rollout.response_mask.sum(dim=1).tolist()
     texts = response_texts(rollout, session.tokenizer)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
+from rlhf.config.errors import ConfigError
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, ModelConfig
 from rlhf.data.prepare import PreparedData
@@ -26,7 +27,8 @@ from rlhf.engine.update import StepResult
 from rlhf.models.lora import add_adapters
 from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
-from rlhf.rollout.generate import Sampling
+from rlhf.rollout.generate import Generator
+from rlhf.rollout.sampling import Sampling
 from rlhf.stages.preflight import preflight
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
@@ -171,17 +173,37 @@ def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
     )
 
 
-def sampling_of(config: Config) -> Sampling:
-    """How responses are drawn in a run."""
-    rollout = config.rollout
+def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
+    """How responses are drawn in a run. Raises ConfigError for a stop token that the tokenizer does not have."""
+    rollout, vocabulary = config.rollout, tokenizer.get_vocab()
+    unknown = [token for token in rollout.stop_tokens if token not in vocabulary]
+    if unknown:
+        raise ConfigError(
+            f"rollout.stop_tokens={rollout.stop_tokens}: the tokenizer has no token {', '.join(unknown)}; texts of "
+            "several tokens are for rollout.stop"
+        )
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,
         top_k=rollout.top_k,
+        min_p=rollout.min_p,
+        repetition_penalty=rollout.repetition_penalty,
+        stop_ids=(int(tokenizer.eos_token_id), *(vocabulary[token] for token in rollout.stop_tokens)),
+        stop=tuple(rollout.stop),
+        min_new_tokens=rollout.min_new_tokens,
         max_new_tokens=rollout.max_new_tokens or config.data.max_response_length,
         batch_size=rollout.batch_size_per_gpu,
+        backend=rollout.backend,
         gather=rollout.gather is not False,
+        tensor_parallel=rollout.tensor_parallel or 1,
+        release_cache=rollout.release_cache,
     )
+
+
+def generator_of(config: Config, engine: Any, tokenizer: PreTrainedTokenizerBase, *, vocab_limit: int) -> Generator:
+    """What answers prompts with an engine's weights in a run."""
+    sampling = sampling_of(config, tokenizer)
+    return Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=vocab_limit)
 
 
 def global_count(session: Session, masks: Sequence[Tensor]) -> float:

@@ -105,6 +105,32 @@ def test_layer_by_layer_generation_gives_the_same_answers(two_ranks: dict[str, A
     assert two_ranks["layerwise"]["same"] == 1.0
 
 
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("stage", STAGES)
+def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, Any], stage: int, adapted: bool) -> None:
+    facts = two_ranks[f"native_zero{stage}{'_lora' if adapted else ''}"]
+    assert facts["tokens"] > 10
+    assert facts["same"] == 1.0
+    assert facts["logprob_error"] < 1e-4  # Training computes what was sampled from.
+    assert facts["restored"] == 1.0  # Adapters are merged into a copy.
+    if adapted:
+        assert facts["reference_same"] == 1.0
+        assert facts["reference_differs"] == 1.0
+
+
+@pytest.mark.parametrize("name", ["zero0", "zero3", "zero3_lora"])
+def test_ranks_that_share_the_weights_give_the_same_tokens(two_ranks: dict[str, Any], name: str) -> None:
+    facts = two_ranks[f"parallel_{name}"]
+    assert facts["tokens"] > 10
+    assert facts["same"] == 1.0
+    assert facts["logprob_error"] < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_response_depends_on_its_own_stream_alone(two_ranks: dict[str, Any], stage: int) -> None:
+    assert two_ranks[f"neighbours_zero{stage}"] == {"same": 1.0, "seed_differs": 1.0, "rows_differ": 1.0}
+
+
 def test_states_in_the_hosts_memory_change_nothing(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["offload_difference"] < 2e-5
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import generation
 import torch
 import variants
 from peft import PeftModel
@@ -47,7 +48,6 @@ from rlhf.models.load import ScalarModel, load_causal_lm, load_scalar_model
 from rlhf.models.lora import AdaptersOff
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.forward import next_token_loss, response_logprobs, sequence_scores
-from rlhf.rollout.generate import Sampling, generate
 from rlhf.stages.ppo.config import PPOConfig
 
 # Some gradients are zero but for rounding (keys' biases); with a tiny epsilon Adam would make full steps of that noise.
@@ -236,26 +236,6 @@ def whole_inputs(experience: Any) -> dict[str, torch.Tensor]:
     return {"input_ids": experience.sequence_ids, "attention_mask": mask, "position_ids": position_ids(mask)}
 
 
-def layerwise_facts(folder: Path) -> dict[str, float]:
-    """Greedy answers under ZeRO-3, gathered whole and layer by layer, with unequal numbers of prompts on the ranks."""
-    tokenizer = load_tokenizer(folder / "policy")
-    memory = MemoryConfig(zero_stage=3, precision=Precision.fp32)
-    role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=1)
-    with partitioned_loading(role, memory=memory, ranks=world_size()):
-        model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="sdpa")
-    engine = build_engine(model, role, memory=memory, ranks=world_size())
-    prompts = prompts_for(tokenizer)
-    prompts = prompts.rows(slice(0, len(prompts) - rank()))
-    rollouts = []
-    for gather in (True, False):
-        sampling = Sampling(temperature=0.0, top_p=1.0, top_k=0, max_new_tokens=12, batch_size=3, gather=gather)
-        rollouts.append(generate(engine, prompts, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer)))
-    whole, layerwise = (rollout.sequence_ids.masked_fill(~rollout.attention_mask, -1) for rollout in rollouts)
-    width = min(whole.shape[1], layerwise.shape[1])
-    same = bool((whole[:, :width] == layerwise[:, :width]).all())
-    return {"same": float(same), "tokens": float(rollouts[0].response_mask.sum())}
-
-
 def offload_difference(folder: Path, reference: dict[str, Any]) -> float:
     """How far ZeRO-3 with optimizer and parameters in the host's memory is from plain training."""
     memory = MemoryConfig(zero_stage=3, precision=Precision.fp32, offload_optimizer=True, offload_parameters=True)
@@ -362,13 +342,13 @@ def facts_of_several_ranks(folder: Path, plain: MemoryConfig, reference: dict[st
         facts[f"lora_zero{stage}"] = lora_facts(folder, MemoryConfig(zero_stage=stage, precision=Precision.fp32))
     facts["lora_zero3_bf16"] = lora_facts(folder, MemoryConfig(zero_stage=3, precision=Precision.bf16))
     facts["lora_whole"] = lora_facts(folder, replace(plain, zero_stage=3), replace(ADAPTERS, only_lora=False))
-    facts["layerwise"] = layerwise_facts(folder)
     facts["offload_difference"] = offload_difference(folder, reference)
     for stage in (0, 1):
         facts[f"unbounded_zero{stage}"] = unbounded_step(folder, replace(plain, zero_stage=stage))
     tokenizer = load_tokenizer(folder / "policy")
     role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=2)
     batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
+    facts |= generation.collect(folder, plain, prompts_for(tokenizer), role)
     return facts | variants.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), batch, role)
 
 

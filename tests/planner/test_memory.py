@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from built import SMALL, transformers_config
 
+from rlhf.config.choices import RolloutBackend
 from rlhf.config.schema import (
     Accelerator,
     Config,
@@ -15,13 +16,15 @@ from rlhf.config.schema import (
     ModelConfig,
     Precision,
     RoleMemoryConfig,
+    RolloutConfig,
 )
 from rlhf.planner.memory import (
     GIB,
     RoleStates,
     choose_zero_stage,
-    gathers_for_rollout,
     memory_problems,
+    rollout_problems,
+    rollout_ranks,
     stage_memory,
 )
 from rlhf.planner.parameters import Head, lora_parameter_count, norm_and_embedding_parameters, parameter_count
@@ -217,8 +220,17 @@ def test_what_does_not_fit_is_said_and_the_policy_is_gathered_only_if_it_does() 
     tight = holding(8, 16 / 8)
     tight = replace(tight, memory=replace(tight.memory, zero_stage=3))
     assert list(memory_problems(tight)) == []
-    assert gathers_for_rollout(tight) is False  # The whole policy takes 2 bytes more for each parameter.
-    assert gathers_for_rollout(replace(tight, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) is True
+    # The whole policy takes 2 bytes more for each parameter; a part of it on each of several ranks takes less.
+    slow = replace(tight, rollout=RolloutConfig(backend=RolloutBackend.hf))
+    assert rollout_ranks(slow) is None
+    assert rollout_ranks(replace(slow, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) == 1
+    assert rollout_ranks(tight) == 8
+    roomier = replace(tight.hardware, gpu_memory_gib=(tight.hardware.gpu_memory_gib or 0.0) + 1.0)
+    assert rollout_ranks(replace(tight, hardware=roomier)) == 4
+    assert rollout_ranks(replace(tight, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) == 1
+    first, second = rollout_problems(replace(tight, rollout=RolloutConfig(tensor_parallel=3)))
+    assert first == "rollout.tensor_parallel=3: does not divide the 8 ranks of a machine"
+    assert second.endswith("does not divide the model's 32 heads and 8 heads of keys and values")
     (problem,) = memory_problems(replace(tight, memory=replace(tight.memory, zero_stage=2)))
     assert problem.startswith("memory.zero_stage=2: the model states of stage sft take")
     assert problem.endswith(

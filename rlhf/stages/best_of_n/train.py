@@ -12,12 +12,11 @@ from rlhf.data.judge import Judge, fit_judge
 from rlhf.data.loader import eval_batches
 from rlhf.engine.distributed import gather_objects, seed_everything
 from rlhf.models.load import vocabulary_limit
-from rlhf.rollout.generate import generate
 from rlhf.rollout.score import ended_with_eos, response_texts
 from rlhf.stages.best_of_n.config import BestOfNConfig
 from rlhf.stages.policy import build_policy
 from rlhf.stages.scoring import build_scorer, load_reward_models
-from rlhf.stages.session import Session, open_session, sampling_of
+from rlhf.stages.session import Session, generator_of, open_session
 
 Answer = dict[str, Any]
 
@@ -98,16 +97,11 @@ def sample(session: Session) -> dict[str, list[Answer]]:
     )
     mine: list[tuple[str, list[Answer]]] = []
     vocab_limit = vocabulary_limit(model, session.tokenizer)
+    generator = generator_of(config, actor, session.tokenizer, vocab_limit=vocab_limit)
     for (rows_of_batch, prompts), valid in batches:
         repeated = prompts.repeat(stage.n[-1])
         with session.recorder.phase("generation"):
-            rollout = generate(
-                actor,
-                repeated.to(session.device),
-                tokenizer=session.tokenizer,
-                sampling=sampling_of(config),
-                vocab_limit=vocab_limit,
-            )
+            rollout = generator.generate(repeated.to(session.device), seed=config.seed)
         with session.recorder.phase("scoring"):
             columns = {
                 "score": scorer(repeated, rollout).tolist(),

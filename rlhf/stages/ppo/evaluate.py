@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 
-from rlhf.batch import PromptBatch
+from rlhf.batch import PromptBatch, Rollout
 from rlhf.data.collate import collate_prompts, collate_sft
 from rlhf.data.judge import Judge, fit_judge
 from rlhf.data.loader import eval_batches
@@ -16,7 +16,6 @@ from rlhf.data.split import PTX
 from rlhf.engine.distributed import all_reduce_sum, gather_objects
 from rlhf.functional.kl import per_sequence_kl
 from rlhf.rollout.forward import in_groups, next_token_loss, response_logprobs
-from rlhf.rollout.generate import generate
 from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.score import ended_with_eos, response_texts
 from rlhf.stages.ppo.config import PPOConfig
@@ -75,20 +74,20 @@ class Evaluator:
             rank=session.rank,
             ranks=session.ranks,
         )
+        generator, device = self.trainer.generator, self.trainer.engine.actor.device
+        with generator.generation_mode():
+            answered = [
+                (rows, prompts, generator.generate(prompts.to(device), seed=session.config.seed), valid)
+                for (rows, prompts), valid in batches
+            ]
         mine: list[tuple[str, Answer]] = []
-        for (rows, prompts), valid in batches:
-            mine += list(zip([row["prompt_text"] for row in rows], self._answer(prompts), strict=True))[:valid]
+        for rows, prompts, rollout, valid in answered:
+            texts = [row["prompt_text"] for row in rows]
+            mine += list(zip(texts, self._described(prompts, rollout), strict=True))[:valid]
         return {prompt: answer for part in gather_objects(mine) for prompt, answer in part}
 
-    def _answer(self, prompts: PromptBatch) -> list[Answer]:
+    def _described(self, prompts: PromptBatch, rollout: Rollout) -> list[Answer]:
         trainer, engine = self.trainer, self.trainer.engine
-        rollout = generate(
-            engine.actor,
-            prompts.to(engine.actor.device),
-            tokenizer=engine.tokenizer,
-            sampling=trainer.sampling,
-            vocab_limit=engine.vocab_limit,
-        )
         ended = ended_with_eos(rollout, eos_id=self.session.eos_id)
         logprobs, reference = (
             in_groups(

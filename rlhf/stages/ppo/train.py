@@ -39,7 +39,7 @@ def run(config: Config, run_dir: Path) -> None:
         pretraining=pretraining_batches(session),
     )
     prompt_train_dataloader = prompt_batches(session)
-    say_what_is_special(session)
+    say_what_is_special(session, trainer)
     evaluator = Evaluator(session, trainer)
     record = IterationRecord(session, trainer)
     seed_everything(config.seed + session.rank)
@@ -113,11 +113,15 @@ def pretraining_batches(session: Session) -> Iterator[SFTBatch] | None:
     return iter(loader)
 
 
-def say_what_is_special(session: Session) -> None:
+def say_what_is_special(session: Session, trainer: DeepSpeedPPOTrainer) -> None:
     """What a user should know of the options before the first iteration."""
-    rollout, say = session.config.rollout, session.recorder.line
-    if rollout.top_p < 1.0 or rollout.top_k > 0:
-        say("warning: rollout.top_p and rollout.top_k cut the distribution and bias PPO's ratio")
+    say = session.recorder.line
+    say(f"rollout: {trainer.generator.description}")
+    if not trainer.sampling.unbiased:
+        say(
+            "warning: tokens are not drawn from the policy's whole distribution (rollout.top_p, top_k, min_p, "
+            "repetition_penalty or min_new_tokens), which biases PPO's ratio"
+        )
     if session.reward_tokenizer is not None:
         say(
             "the reward model has another tokenizer: answers are scored by their text, and the critic starts from "

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rlhf.batch import Experience, PromptBatch, Rollout, SFTBatch
-from rlhf.config.choices import KlPlacement, PtxMode
-from rlhf.config.errors import ConfigError
+from rlhf.config.choices import KlPlacement, Mismatch, PtxMode
+from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.validate import raise_problems
 from rlhf.engine.distributed import all_reduce_sum, rank, world_size
 from rlhf.engine.update import Objective, StepResult, optimizer_step
@@ -28,14 +28,14 @@ from rlhf.rollout.forward import (
     response_logprobs_and_entropy,
     response_values,
 )
-from rlhf.rollout.generate import generate
 from rlhf.rollout.grouping import micro_batches
 from rlhf.rollout.mixing import GradientRatio
+from rlhf.rollout.parity import compare, disagreement
 from rlhf.rollout.score import ended_with_eos
 from rlhf.rollout.shaping import Scorer
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
 from rlhf.stages.scoring import build_scorer, build_shaping
-from rlhf.stages.session import sampling_of
+from rlhf.stages.session import generator_of
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
 
@@ -77,7 +77,8 @@ class DeepSpeedPPOTrainer:
         self.kl_coef = self.stage.kl_coef
         self.iteration = 0
         self._first_update = False
-        self.sampling = sampling_of(self.args)
+        self.generator = generator_of(self.args, engine.actor, engine.tokenizer, vocab_limit=engine.vocab_limit)
+        self.sampling = self.generator.sampling
         self.scorer = scorer or self._scorer()
         self.shaping = build_shaping(self.args.scorer)
         self.advantage = advantage or estimator(self.stage.advantage, key="stage.advantage")
@@ -114,12 +115,10 @@ class DeepSpeedPPOTrainer:
         engine.train()
         prompts = prompts.repeat(stage.group_size)
         with phase("generation"):
-            rollout = generate(
-                engine.actor,
-                prompts.to(engine.actor.device),
-                tokenizer=engine.tokenizer,
-                sampling=self.sampling,
-                vocab_limit=engine.vocab_limit,
+            # A response depends on its prompt's place in the global batch, not on the rank that answers it.
+            streams = torch.arange(len(prompts)) + rank() * len(prompts)
+            rollout = self.generator.generate(
+                prompts.to(engine.actor.device), seed=self.args.seed * 1_000_003 + self.iteration, streams=streams
             )
         with phase("scoring"):
             ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
@@ -127,6 +126,7 @@ class DeepSpeedPPOTrainer:
             order = torch.randperm(len(rollout), generator=self._shuffle)
             groups = [group for mini_batch in self._groups(rollout, order) for group in mini_batch]
             old_logprobs = self._logprobs(engine.actor, rollout, groups)
+            self._check_parity(rollout, old_logprobs)
             ref_logprobs = self._logprobs(engine.reference, rollout, groups)
             values = None if engine.critic is None else self._values(rollout, groups)
         in_reward = self.kl_coef if stage.kl_placement is KlPlacement.reward else 0.0
@@ -325,6 +325,23 @@ class DeepSpeedPPOTrainer:
             response_logprobs, engine, temperature=self.sampling.temperature, vocab_limit=self.engine.vocab_limit
         )
         return in_groups(compute, rollout, groups)
+
+    def _check_parity(self, rollout: Rollout, computed: Tensor) -> None:
+        """Hold the sampled tokens' log-probabilities against those of training, which are needed anyway."""
+        if rollout.sampled_logprobs is None:
+            return
+        options = self.args.rollout
+        mean = compare(rollout.sampled_logprobs, computed, rollout.response_mask, metrics=self.metrics)
+        found = disagreement(mean, tolerance=options.mismatch_tolerance, iteration=self.iteration)
+        if found is None:
+            return
+        if options.mismatch is Mismatch.stop:
+            raise StoppedError(f"stopped: {found}; rollout=hf generates with transformers")
+        if options.mismatch is Mismatch.hf:
+            self.generator.fall_back(found)
+            found = f"{found}; transformers generates from now on (rollout.mismatch=hf)"
+        if self._recorder is not None:
+            self._recorder.line(f"warning: {found}")
 
     def _record_rollout(self, experience: Experience, ended: Tensor) -> None:
         mask, rows = experience.response_mask, len(experience)

@@ -1,0 +1,284 @@
+"""How fast do the backends generate? They take turns on the same prompts.
+
+`python benchmarks/rollout.py [--run runs/quality-tiny/seed1]` writes benchmarks/results/rollout-MODEL.md. The model is
+the SFT model of a run of benchmarks/quality.py, the prompts begin like answers that the run sampled. One process with
+two threads compares the backends; two ranks with one thread each compare the ZeRO stages.
+"""
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+PROMPTS, NEW = 32, 64
+
+
+def median_of_turns(ways: dict[str, Callable[[], int]], *, turns: int) -> dict[str, tuple[float, float]]:
+    """Each way's median tokens per second and seconds; the ways run one after the other in every turn."""
+    from rlhf.engine.distributed import barrier
+
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, way in ways.items():
+            barrier()
+            started = time.perf_counter()
+            tokens = way()
+            barrier()
+            seconds = time.perf_counter() - started
+            if turn:  # The first turn warms up.
+                found[name].append((tokens / seconds, seconds))
+    return {
+        name: (statistics.median(each[0] for each in rows), statistics.median(each[1] for each in rows))
+        for name, rows in found.items()
+    }
+
+
+def machine_limits() -> dict[str, float]:
+    """Bytes that this process reads from memory in a second, and bf16 operations that it multiplies in one."""
+    import torch
+
+    large = torch.ones(2**27)  # 512 MiB: more than any cache.
+    square = torch.randn(1024, 1024).bfloat16()
+
+    def best(work: Callable[[], Any]) -> float:
+        seconds = []
+        for _ in range(5):
+            started = time.perf_counter()
+            work()
+            seconds.append(time.perf_counter() - started)
+        return min(seconds)
+
+    return {"bytes": large.nbytes / best(large.sum), "operations": 2 * 1024**3 / best(lambda: square @ square)}
+
+
+@contextmanager
+def engine_of(directory: Path, *, zero_stage: int) -> Iterator[tuple[Any, Any]]:
+    """A trained policy's engine, in bf16, and its tokenizer."""
+    from rlhf.config.roles import Role
+    from rlhf.config.schema import MemoryConfig, OptimizerConfig, Precision
+    from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
+    from rlhf.engine.distributed import world_size
+    from rlhf.models.load import load_causal_lm
+    from rlhf.models.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(directory)
+    memory = MemoryConfig(zero_stage=zero_stage, precision=Precision.bf16)
+    role = Role(name="actor", optimizer=OptimizerConfig(), batch_size=8, micro_batch_size_per_gpu=1)
+    with partitioned_loading(role, memory=memory, ranks=world_size()):
+        model = load_causal_lm(directory, tokenizer, dtype=DTYPES[Precision.bf16], attention="sdpa")
+    yield build_engine(model, role, memory=memory, ranks=world_size()), tokenizer
+
+
+def prompts_of(run: Path, tokenizer: Any) -> Any:
+    """Prompts of 16 to 64 tokens, of which each rank takes its share: beginnings of answers that the run sampled."""
+    from rlhf.engine.distributed import rank, world_size
+    from rlhf.rollout.prompts import prompt_batch
+
+    lines = (run / "ppo" / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+    words = " ".join(json.loads(line)["responses"]["sft"]["text"] for line in lines).split()
+    texts = []
+    for index in range(PROMPTS):
+        wanted, own = 16 + index * 48 // (PROMPTS - 1), words[index * 64 :]
+        lengths = [
+            int(prompt_batch(tokenizer, ["Continue this film review: " + " ".join(own[:count])]).prompt_mask.sum())
+            for count in range(64)
+        ]
+        count = max(count for count, length in enumerate(lengths) if length <= max(wanted, lengths[0]))
+        texts.append("Continue this film review: " + " ".join(own[:count]))
+    return prompt_batch(tokenizer, texts[rank() :: world_size()])
+
+
+def ways_of(engine: Any, tokenizer: Any, prompts: Any, samplings: dict[str, Any]) -> dict[str, Callable[[], int]]:
+    """For each sampling what generates by it, and returns the response tokens of all ranks."""
+    import torch
+
+    from rlhf.engine.distributed import all_reduce_sum
+    from rlhf.models.load import vocabulary_limit
+    from rlhf.rollout.generate import Generator
+
+    limit = vocabulary_limit(engine.module, tokenizer)
+
+    def way(generator: Any) -> Callable[[], int]:
+        def generate() -> int:
+            torch.manual_seed(1)
+            rollout = generator.generate(prompts, seed=1)
+            return int(all_reduce_sum(rollout.response_mask.sum().float()))
+
+        return generate
+
+    return {
+        name: way(Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=limit))
+        for name, sampling in samplings.items()
+    }
+
+
+def compare_backends(run: Path, turns: int) -> dict[str, Any]:
+    """One process: natural and fixed lengths, prefill apart, beside what the machine can do."""
+    import torch
+
+    from rlhf.config.choices import RolloutBackend
+    from rlhf.rollout.sampling import Sampling
+
+    with engine_of(run / "sft" / "model", zero_stage=0) as (engine, tokenizer):
+        prompts = prompts_of(run, tokenizer)
+        natural = Sampling(temperature=1.0, stop_ids=(int(tokenizer.eos_token_id),), max_new_tokens=NEW)
+        samplings = {}
+        for backend in (RolloutBackend.hf, RolloutBackend.native):
+            own = replace(natural, backend=backend)
+            samplings[f"natural {backend.value}"] = own
+            samplings[f"fixed {backend.value}"] = replace(own, min_new_tokens=NEW)
+            samplings[f"prefill {backend.value}"] = replace(own, max_new_tokens=1)
+        speeds = median_of_turns(ways_of(engine, tokenizer, prompts, samplings), turns=turns)
+        weights = sum(parameter.nbytes for parameter in engine.module.parameters())
+        numbers = sum(parameter.numel() for parameter in engine.module.parameters())
+        return {
+            "speeds": speeds,
+            "limits": machine_limits(),
+            "weights": weights,
+            "parameters": numbers,
+            "prompt tokens": int(prompts.prompt_mask.sum()),
+            "threads": torch.get_num_threads(),
+        }
+
+
+def compare_stages(run: Path, turns: int) -> dict[str, Any]:
+    """Two ranks: native decoding under ZeRO-2 and ZeRO-3, and transformers' with ZeRO-3 whole and layer by layer."""
+    from rlhf.config.choices import RolloutBackend
+    from rlhf.rollout.sampling import Sampling
+
+    ways: dict[str, Callable[[], int]] = {}
+    for stage in (2, 3):
+        with engine_of(run / "sft" / "model", zero_stage=stage) as (engine, tokenizer):
+            prompts = prompts_of(run, tokenizer)
+            fixed = Sampling(
+                temperature=1.0,
+                stop_ids=(int(tokenizer.eos_token_id),),
+                max_new_tokens=NEW,
+                min_new_tokens=NEW,
+                backend=RolloutBackend.native,
+            )
+            samplings = {f"ZeRO-{stage} native": fixed}
+            if stage == 3:
+                slow = replace(fixed, backend=RolloutBackend.hf)
+                samplings["ZeRO-3 hf, gathered whole"] = slow
+                samplings["ZeRO-3 hf, layer by layer"] = replace(slow, gather=False)
+            ways |= ways_of(engine, tokenizer, prompts, samplings)
+    return {"speeds": median_of_turns(ways, turns=turns)}
+
+
+def worker(run: Path, turns: int, threads: int) -> None:
+    """One rank of a comparison; prints the result as the last line of rank 0."""
+    import torch
+
+    from rlhf.engine.distributed import initialize_distributed, rank, shut_down, world_size
+
+    torch.set_num_threads(threads)
+    initialize_distributed(timeout_minutes=10)
+    found = compare_backends(run, turns) if world_size() == 1 else compare_stages(run, turns)
+    if rank() == 0:
+        print("RESULT " + json.dumps(found), flush=True)
+    shut_down()
+    os._exit(0)
+
+
+def start(run: Path, turns: int, *, ranks: int, threads: int) -> dict[str, Any]:
+    """Run the comparison of so many ranks under the launcher."""
+    from rlhf.launcher.command import free_port
+
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
+    arguments = [str(Path(__file__).resolve()), "--worker", str(threads), "--run", str(run), "--turns", str(turns)]
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        [*runner, "--master_port", str(free_port()), *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    lines = [line.split("RESULT ", 1)[1] for line in done.stdout.splitlines() if "RESULT " in line]
+    if done.returncode or not lines:
+        raise SystemExit(f"the comparison of {ranks} ranks failed:\n{(done.stdout + done.stderr)[-4000:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> str:
+    """The results as Markdown."""
+    from importlib.metadata import version
+
+    speeds = one["speeds"]
+    lines = [
+        f"- command: `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
+        f"- versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'deepspeed', 'transformers'))}",
+        f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()})",
+        f"- {PROMPTS} prompts of 16 to 64 tokens ({one['prompt tokens']} in all), up to {NEW} new tokens, bf16; "
+        f"medians of {turns} turns; native figures include the copy of the weights",
+        "",
+        f"One process with {one['threads']} threads:",
+        "",
+        "| lengths | backend | tokens/s | of hf | prefill s | decode s |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for lengths in ("natural", "fixed"):
+        for backend in ("hf", "native"):
+            rate, seconds = speeds[f"{lengths} {backend}"]
+            prefill = speeds[f"prefill {backend}"][1]
+            times = f"{rate / speeds[f'{lengths} hf'][0]:.2f} ×"
+            lines.append(
+                f"| {lengths} | {backend} | {rate:.0f} | {times} | {prefill:.2f} | {max(0.0, seconds - prefill):.2f} |"
+            )
+    decode = speeds["fixed native"][1] - speeds["prefill native"][1]
+    limits = one["limits"]
+    read = one["weights"] * (NEW - 1) / decode
+    multiplied = 2 * one["parameters"] * PROMPTS * (NEW - 1) / decode
+    lines += [
+        "",
+        f"Native decoding of fixed lengths reads weights at {read / 1e9:.1f} GB/s of the {limits['bytes'] / 1e9:.1f} "
+        f"GB/s, and multiplies at {multiplied / 1e9:.0f} GFLOP/s of the {limits['operations'] / 1e9:.0f} GFLOP/s in "
+        "bf16, that this machine reaches with the same threads (a sum of 512 MiB; a product of 1024 × 1024 matrices).",
+        "",
+        "Two ranks with one thread each, fixed lengths:",
+        "",
+        "| way | tokens/s | of layer by layer |",
+        "|---|---:|---:|",
+    ]
+    slowest = two["speeds"]["ZeRO-3 hf, layer by layer"][0]
+    lines += [f"| {name} | {rate:.0f} | {rate / slowest:.1f} × |" for name, (rate, _) in two["speeds"].items()]
+    return "\n".join([*lines, ""])
+
+
+def main() -> int:
+    """Compare and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/quality-tiny/seed1"))
+    parser.add_argument("--turns", type=int, default=5)
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    run = options.run.resolve()
+    if options.worker is not None:
+        worker(run, options.turns, options.worker)
+    if not (run / "ppo" / "samples.jsonl").is_file():
+        raise SystemExit(f"{run} has no ppo/samples.jsonl: give a run of benchmarks/quality.py with --run")
+    one = start(run, options.turns, ranks=1, threads=os.cpu_count() or 1)
+    two = start(run, options.turns, ranks=2, threads=1)
+    text = report(run, one, two, options.turns)
+    name = run.parent.name.removeprefix("quality-")
+    (ROOT / "benchmarks" / "results" / f"rollout-{name}.md").write_text(text, encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

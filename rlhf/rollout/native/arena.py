@@ -1,0 +1,65 @@
+"""The cache of keys and values: one block of memory, divided into slots of equal length."""
+
+import torch
+from torch import Tensor
+
+from rlhf.models.decoder.weights import DecoderWeights
+
+
+class Arena:
+    """Keys and values of every layer [slots, kv_heads, length, head_dim], reused from rollout to rollout.
+
+    On a CPU a bf16 model's keys and values are kept in fp32 (their values are still those of bf16): attention with a
+    few queries is then a third faster, because small products of bf16 matrices are converted first.
+    """
+
+    def __init__(self) -> None:
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.slots = self.length = 0
+
+    def fit(self, weights: DecoderWeights, *, slots: int, length: int, dtype: torch.dtype | None = None) -> None:
+        """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
+        dtype = dtype or cache_dtype(weights)
+        shape = (slots, weights.shape.kv_heads // weights.share.ranks, length, weights.shape.head_dim)
+        old = self.keys[0] if self.keys else None
+        if (
+            old is not None
+            and len(self.keys) == weights.shape.layers
+            and (old.dtype, old.device) == (dtype, weights.device)
+            and (old.shape[1], old.shape[3]) == (shape[1], shape[3])
+            and old.shape[0] >= slots
+            and old.shape[2] >= length
+        ):
+            return
+        self.release()
+        for kept in (self.keys, self.values):
+            kept += [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
+        self.slots, self.length = slots, length
+
+    def release(self) -> None:
+        """Give the memory back."""
+        self.keys, self.values = [], []
+        self.slots = self.length = 0
+
+    def move(self, source: int, target: int, *, length: int) -> None:
+        """Copy the first tokens of one slot to another."""
+        for kept in (*self.keys, *self.values):
+            kept[target, :, :length] = kept[source, :, :length]
+
+    @property
+    def nbytes(self) -> int:
+        """Its memory."""
+        return sum(kept.nbytes for kept in (*self.keys, *self.values))
+
+
+def cache_dtype(weights: DecoderWeights) -> torch.dtype:
+    """The format of the cache."""
+    return torch.float32 if weights.device.type == "cpu" else weights.dtype
+
+
+def bytes_per_token(weights: DecoderWeights) -> int:
+    """Memory of one token's keys and values."""
+    shape = weights.shape
+    each = shape.layers * (shape.kv_heads // weights.share.ranks) * shape.head_dim
+    return 2 * each * torch.finfo(cache_dtype(weights)).bits // 8

@@ -1,0 +1,192 @@
+"""A decoder's arithmetic on tokens without padding: prompts in one piece, then one token of each sequence at a time."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rlhf.models.decoder.weights import DecoderWeights, LayerWeights
+from rlhf.rollout.native.arena import Arena
+
+Reduce = Callable[[Tensor], None]
+# Layer, queries [N, heads, head_dim], keys and values [N, kv_heads, head_dim] -> [N, heads * head_dim].
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Decoder:
+    """Weights, and how the ranks that share them add up their parts (None: there is one)."""
+
+    weights: DecoderWeights
+    reduce: Reduce | None = None
+
+    def prefill(self, prompts: list[Int[Tensor, " _"]], slots: Int[Tensor, " n"], arena: Arena) -> Float[Tensor, "n V"]:
+        """Run n prompts, fill their slots of the cache, and return the logits behind each, fp32."""
+        device = self.weights.device
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        rows = torch.arange(len(prompts)).repeat_interleave(lengths)
+        columns = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
+        longest = int(lengths.max())
+        places = (rows * longest + columns).to(device)
+        bias = self._prefill_bias(longest)
+        count = len(prompts)
+
+        def padded(values: Tensor) -> Tensor:
+            flat = values.new_zeros(count * longest, values.shape[1] * values.shape[2])
+            flat.index_copy_(0, places, values.flatten(1))
+            return flat.view(count, longest, values.shape[1], values.shape[2]).transpose(1, 2)
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            wide_keys, wide_values = padded(keys), padded(values)
+            for kept, new in ((arena.keys[layer], wide_keys), (arena.values[layer], wide_values)):
+                kept[slots, :, :longest] = new.to(kept.dtype)
+            # A prompt's padding stands behind it, where none of its tokens looks.
+            mixed = F.scaled_dot_product_attention(
+                padded(queries),
+                wide_keys,
+                wide_values,
+                attn_mask=bias,
+                is_causal=bias is None,
+                scale=self.weights.shape.scale,
+                enable_gqa=queries.shape[1] != keys.shape[1],
+            )
+            return mixed.transpose(1, 2).reshape(count * longest, -1)[places]
+
+        hidden = self._blocks(torch.cat(prompts).to(device), columns.to(device), attend)
+        return self._logits(hidden[(lengths.cumsum(0) - 1).to(device)])
+
+    def decode(
+        self, ids: Int[Tensor, " n"], positions: Int[Tensor, " n"], arena: Arena, *, length: int
+    ) -> Float[Tensor, "n V"]:
+        """Run one token of each of the first n slots, at its position, and return the logits behind it, fp32.
+
+        `length` is above all positions.
+        """
+        shape, count = self.weights.shape, len(ids)
+        kv_heads = shape.kv_heads // self.weights.share.ranks
+        heads = torch.arange(count * kv_heads, device=ids.device)
+        places = heads * arena.length + positions.repeat_interleave(kv_heads)
+        reached = torch.arange(length, device=ids.device) <= positions.view(count, 1, 1, 1)
+        dtype = arena.keys[0].dtype
+        bias = torch.zeros(reached.shape, dtype=dtype, device=ids.device).masked_fill_(~reached, -torch.inf)
+        alibi = self._alibi(length)
+        if alibi is not None:
+            bias = bias + alibi.view(1, kv_heads, -1, length).to(dtype)
+
+        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            for kept, new in ((arena.keys[layer], keys), (arena.values[layer], values)):
+                # A view: the slots are one behind the other, and so are their heads and positions.
+                kept.view(-1, shape.head_dim).index_copy_(0, places, new.reshape(-1, shape.head_dim).to(dtype))
+            all_keys, all_values = (kept[layer][:count, :, :length] for kept in (arena.keys, arena.values))
+            # The queries of all heads that share keys stand where one head's tokens would.
+            grouped = queries.reshape(count, kv_heads, -1, shape.head_dim).to(dtype)
+            if dtype is torch.float32:
+                scores = torch.bmm(grouped.flatten(0, 1), all_keys.flatten(0, 1).transpose(1, 2)).mul_(shape.scale)
+                shares = scores.view(count, kv_heads, -1, length).add_(bias).softmax(dim=-1)
+                mixed = torch.bmm(shares.flatten(0, 1), all_values.flatten(0, 1))
+            else:  # Its scores stay in fp32.
+                mixed = F.scaled_dot_product_attention(grouped, all_keys, all_values, attn_mask=bias, scale=shape.scale)
+            return mixed.reshape(count, -1).to(queries.dtype)
+
+        return self._logits(self._blocks(ids, positions, attend))
+
+    def _blocks(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend) -> Float[Tensor, "N d"]:
+        weights, shape = self.weights, self.weights.shape
+        x = F.embedding(ids, weights.embedding)
+        if weights.embedding_norm is not None:
+            x = weights.embedding_norm(x)
+        if weights.project_in is not None:
+            x = weights.project_in(x)
+        if weights.positions is not None:
+            x = x + F.embedding(positions + shape.position_offset, weights.positions)
+        turns = self._turns(positions, x.dtype)
+        for index, layer in enumerate(weights.layers):
+            x = self._block(index, layer, x, turns, attend)
+        if weights.final_norm is not None:
+            x = weights.final_norm(x)
+        return weights.project_out(x) if weights.project_out is not None else x
+
+    def _block(
+        self, index: int, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend: Attend
+    ) -> Tensor:
+        shape = self.weights.shape
+        mixed = self._mixed(index, layer, x if shape.norm_after else layer.attention_norm(x), turns, attend)
+        if shape.parallel:
+            return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), self._added(layer.out, mixed, x))
+        x = self._added(layer.out, mixed, x)
+        if shape.norm_after:
+            x = layer.attention_norm(x)
+            return layer.mlp_norm(self._added(layer.down, self._inner(layer, x), x))
+        return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), x)
+
+    def _mixed(
+        self, index: int, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend: Attend
+    ) -> Tensor:
+        shape, ranks = self.weights.shape, self.weights.share.ranks
+        heads, kv_heads = shape.heads // ranks, shape.kv_heads // ranks
+        joint = layer.qkv(x).view(len(x), heads + 2 * kv_heads, shape.head_dim)
+        if layer.query_norm is None and turns is not None:
+            turned = _turned(joint[:, : heads + kv_heads], turns)
+            queries, keys = turned[:, :heads], turned[:, heads:]
+        else:
+            queries, keys = joint[:, :heads], joint[:, heads : heads + kv_heads]
+            if layer.query_norm is not None and layer.key_norm is not None:
+                queries, keys = layer.query_norm(queries), layer.key_norm(keys)
+            if turns is not None:
+                queries, keys = _turned(queries, turns), _turned(keys, turns)
+        return attend(index, queries, keys, joint[:, heads + kv_heads :])
+
+    def _inner(self, layer: LayerWeights, x: Tensor) -> Tensor:
+        activation = self.weights.shape.activation
+        if layer.gate is None:
+            return layer.up(x, activation=activation)
+        return layer.up(x, times=layer.gate(x, activation=activation))
+
+    def _added(self, projection: Callable[..., Tensor], x: Tensor, residual: Tensor) -> Tensor:
+        if self.reduce is None:
+            return projection(x, add=residual)
+        part = projection(x)
+        self.reduce(part)
+        return part + residual
+
+    def _logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
+        return self.weights.head(hidden).float()
+
+    def _turns(self, positions: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Cosines and signed sines [N, 1, rotary dimensions] of rotary positions (Su et al. 2021)."""
+        shape = self.weights.shape
+        if shape.rotary is None:
+            return None
+        angles = positions.float().unsqueeze(1) * shape.rotary.to(positions.device)
+        cosine, sine = angles.cos() * shape.rotary_scale, angles.sin() * shape.rotary_scale
+        turns = torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)
+        return turns[0].unsqueeze(1).to(dtype), turns[1].unsqueeze(1).to(dtype)
+
+    def _alibi(self, length: int) -> Float[Tensor, "heads 1 L"] | None:
+        """Linear biases, rounded like the model's own."""
+        slopes, share = self.weights.shape.alibi, self.weights.share
+        if slopes is None:
+            return None
+        own = share.of(slopes, 0).to(self.weights.device)
+        return (own.view(-1, 1, 1) * torch.arange(length, device=own.device)).to(self.weights.dtype)
+
+    def _prefill_bias(self, length: int) -> Tensor | None:
+        alibi = self._alibi(length)
+        if alibi is None:
+            return None
+        later = torch.ones(length, length, dtype=torch.bool, device=alibi.device).triu(1)
+        return alibi.expand(-1, length, -1).masked_fill(later, -math.inf)
+
+
+def _turned(x: Float[Tensor, "N h D"], turns: tuple[Tensor, Tensor]) -> Float[Tensor, "N h D"]:
+    """Turn the first dimensions of each head by its position's angles; the others stay."""
+    cosine, sine = turns
+    width = cosine.shape[-1]
+    if width == x.shape[-1]:
+        return torch.addcmul(x * cosine, x.roll(width // 2, -1), sine)
+    part = x[..., :width]
+    return torch.cat([torch.addcmul(part * cosine, part.roll(width // 2, -1), sine), x[..., width:]], dim=-1)

@@ -1,0 +1,169 @@
+"""Further facts that `worker.py` collects on each rank: what generates, under each ZeRO stage, adapted or not."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf.batch import PromptBatch, Rollout
+from rlhf.config.choices import RolloutBackend
+from rlhf.config.roles import Role
+from rlhf.config.schema import MemoryConfig, Precision
+from rlhf.engine.build import build_engine, partitioned_loading
+from rlhf.engine.distributed import all_reduce_sum, rank, world_size
+from rlhf.engine.generation import whole_parameters
+from rlhf.models.load import load_causal_lm
+from rlhf.models.lora import AdaptersOff, add_adapters
+from rlhf.models.tokenizer import load_tokenizer
+from rlhf.rollout.forward import response_logprobs
+from rlhf.rollout.generate import Generator
+from rlhf.rollout.sampling import Sampling
+
+GREEDY = Sampling(temperature=0.0, stop_ids=(1,), max_new_tokens=12, batch_size=3)
+DRAWN = replace(GREEDY, temperature=1.0)
+
+
+def plain_engine(folder: Path, memory: MemoryConfig, role: Role, *, adapted: bool = False) -> Any:
+    """The miniature policy's engine, if adapted with adapters that change it."""
+    tokenizer = load_tokenizer(folder / "policy")
+    with partitioned_loading(role, memory=memory, ranks=world_size()):
+        model = load_causal_lm(folder / "policy", tokenizer, dtype=torch.float32, attention="sdpa")
+    if adapted:
+        add_adapters(model, rank=4, alpha=8.0, dropout=0.0, targets=["q_proj", "v_proj", "fc1"], seed=0)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(len(name)))
+    return build_engine(model, role, memory=memory, ranks=world_size())
+
+
+def answers(engine: Any, prompts: PromptBatch, folder: Path, sampling: Sampling, **options: Any) -> Rollout:
+    """The responses of one way to generate."""
+    tokenizer = load_tokenizer(folder / "policy")
+    generator = Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer))
+    assert generator.native == (sampling.backend is not RolloutBackend.hf), generator.reason
+    return generator.generate(prompts, **options)
+
+
+def tokens(rollout: Rollout) -> list[list[int]]:
+    """Each row's response."""
+    rows = zip(rollout.response_ids, rollout.response_mask, strict=True)
+    return [ids[mask].tolist() for ids, mask in rows]
+
+
+def weights(engine: Any) -> list[Tensor]:
+    """All weights, whole."""
+    with whole_parameters(engine, engine.module):
+        return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+def native_facts(
+    folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig, *, adapted: bool
+) -> dict[str, float]:
+    """Native decoding against transformers' generate, and what it leaves behind."""
+    engine = plain_engine(folder, memory, role, adapted=adapted)
+    before = weights(engine)
+    native = answers(engine, prompts, folder, GREEDY)
+    slow = answers(engine, prompts, folder, replace(GREEDY, backend=RolloutBackend.hf))
+    limit = len(load_tokenizer(folder / "policy"))
+    with torch.no_grad():
+        computed = response_logprobs(engine, native, temperature=1.0, vocab_limit=limit)
+    assert native.sampled_logprobs is not None
+    facts = {
+        "same": float(tokens(native) == tokens(slow)),
+        "tokens": float(native.response_mask.sum()),
+        "logprob_error": float((computed - native.sampled_logprobs).abs().max()),
+        "restored": float(all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))),
+    }
+    if adapted:
+        reference = AdaptersOff(engine)
+        facts["reference_same"] = float(
+            tokens(answers(reference, prompts, folder, GREEDY))
+            == tokens(answers(reference, prompts, folder, replace(GREEDY, backend=RolloutBackend.hf)))
+        )
+        facts["reference_differs"] = float(tokens(answers(reference, prompts, folder, GREEDY)) != tokens(native))
+    return facts
+
+
+def neighbour_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """Drawn responses of this rank's prompts, against those of all prompts answered on this rank, in other batches."""
+    engine = plain_engine(folder, memory, role)
+    count = len(prompts)
+    everything = gathered(prompts)
+    streams = torch.arange(len(everything))
+    mine = slice(rank() * count, (rank() + 1) * count)
+    own = answers(engine, everything.rows(mine), folder, DRAWN, seed=5, streams=streams[mine])
+    whole = answers(engine, everything, folder, replace(DRAWN, batch_size=None), seed=5, streams=streams)
+    other = answers(engine, everything, folder, DRAWN, seed=6, streams=streams)
+    return {
+        "same": float(tokens(own) == tokens(whole)[mine]),
+        "seed_differs": float(tokens(other) != tokens(whole)),
+        "rows_differ": float(len({tuple(row) for row in tokens(whole)}) > len(everything) // 2),
+    }
+
+
+def gathered(prompts: PromptBatch) -> PromptBatch:
+    """The prompts of all ranks."""
+    count = len(prompts)
+    ids = torch.zeros(count * world_size(), prompts.prompt_ids.shape[1], dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    ids[rank() * count : (rank() + 1) * count] = prompts.prompt_ids
+    mask[rank() * count : (rank() + 1) * count] = prompts.prompt_mask.long()
+    return PromptBatch(prompt_ids=all_reduce_sum(ids), prompt_mask=all_reduce_sum(mask).bool())
+
+
+def parallel_facts(
+    folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig, *, adapted: bool
+) -> dict[str, float]:
+    """Weights shared by two ranks, which hold different numbers of prompts, against whole ones on each rank."""
+    engine = plain_engine(folder, memory, role, adapted=adapted)
+    prompts = prompts.rows(slice(0, len(prompts) - rank()))
+    parallel = replace(GREEDY, tensor_parallel=2, gather=False)
+    streams = torch.arange(len(prompts)) + 10 * rank()
+    shared, whole, slow = (
+        answers(engine, prompts, folder, sampling, streams=streams)
+        for sampling in (parallel, GREEDY, replace(parallel, backend=RolloutBackend.hf))
+    )
+    drawn, drawn_whole = (
+        answers(engine, prompts, folder, replace(sampling, temperature=1.0), seed=5, streams=streams)
+        for sampling in (parallel, GREEDY)
+    )
+    assert shared.sampled_logprobs is not None and whole.sampled_logprobs is not None
+    return {
+        "same": float(tokens(shared) == tokens(whole) == tokens(slow) and tokens(drawn) == tokens(drawn_whole)),
+        "tokens": float(shared.response_mask.sum()),
+        "logprob_error": float((shared.sampled_logprobs - whole.sampled_logprobs).abs().max()),
+    }
+
+
+def layerwise_facts(folder: Path, prompts: PromptBatch, role: Role) -> dict[str, float]:
+    """Greedy answers under ZeRO-3, gathered whole and layer by layer, with unequal numbers of prompts on the ranks."""
+    engine = plain_engine(folder, MemoryConfig(zero_stage=3, precision=Precision.fp32), role)
+    prompts = prompts.rows(slice(0, len(prompts) - rank()))
+    slow = replace(GREEDY, backend=RolloutBackend.hf)
+    whole, layerwise = (answers(engine, prompts, folder, replace(slow, gather=gather)) for gather in (True, False))
+    # Native decoding is not chosen for a policy that does not fit whole, and its ranks need not keep in step.
+    uneven = answers(engine, prompts, folder, GREEDY)
+    return {
+        "same": float(tokens(whole) == tokens(layerwise) == tokens(uneven)),
+        "tokens": float(whole.response_mask.sum()),
+    }
+
+
+def collect(folder: Path, memory: MemoryConfig, prompts: PromptBatch, role: Role) -> dict[str, Any]:
+    """All facts."""
+    role = replace(role, micro_batch_size_per_gpu=1)
+    facts: dict[str, Any] = {"layerwise": layerwise_facts(folder, prompts, role)}
+    for stage in (0, 1, 2, 3):
+        for adapted in (False, True):
+            facts[f"native_zero{stage}{'_lora' if adapted else ''}"] = native_facts(
+                folder, prompts, role, replace(memory, zero_stage=stage), adapted=adapted
+            )
+    for stage, adapted in ((0, False), (3, False), (3, True)):
+        facts[f"parallel_zero{stage}{'_lora' if adapted else ''}"] = parallel_facts(
+            folder, prompts, role, replace(memory, zero_stage=stage), adapted=adapted
+        )
+    for stage in (1, 3):
+        facts[f"neighbours_zero{stage}"] = neighbour_facts(folder, prompts, role, replace(memory, zero_stage=stage))
+    return facts

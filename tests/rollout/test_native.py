@@ -1,0 +1,296 @@
+"""Native decoding against transformers' generate, model family by model family, and what it does beyond it."""
+
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
+from rlhf.models.decoder.weights import DecoderWeights, generation_weights
+from rlhf.rollout.native.arena import Arena
+from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.loop import Batch, Decoding, Response
+
+SIZE, EOS, PAD = 97, 1, 2
+IDS: dict[str, Any] = {"vocab_size": SIZE, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}
+SMALL: dict[str, Any] = {
+    **IDS,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 96,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,
+}
+GROUPED = SMALL | {"num_key_value_heads": 2}
+OPT = {name: value for name, value in SMALL.items() if name not in ("intermediate_size", "initializer_range")} | {
+    "ffn_dim": 96,
+    "init_std": 0.3,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "opt": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=64)),
+    "opt-350m": (OPTForCausalLM, OPTConfig(**OPT, word_embed_proj_dim=32, do_layer_norm_before=False)),
+    "llama": (LlamaForCausalLM, LlamaConfig(**GROUPED, tie_word_embeddings=True)),
+    "llama-3": (LlamaForCausalLM, LlamaConfig(**GROUPED, rope_parameters=LLAMA3, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**GROUPED, sliding_window=None)),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config(**GROUPED)),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**GROUPED, head_dim=32)),
+    "pythia": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, rotary_pct=0.25)),
+    "gpt-neox": (GPTNeoXForCausalLM, GPTNeoXConfig(**SMALL, rotary_pct=0.5, use_parallel_residual=False)),
+    "bloom": (BloomForCausalLM, BloomConfig(**IDS, hidden_size=60, n_layer=2, n_head=6, initializer_range=0.3)),
+}
+LENGTHS = (3, 17, 9, 1, 9, 12, 30, 2)
+
+
+def model_of(name: str, seed: int = 0) -> Any:
+    """A miniature model with random weights."""
+    kind, config = MODELS[name]
+    torch.manual_seed(seed)
+    return kind(config).eval()
+
+
+def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:
+    """Ragged prompts, without padding."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, SIZE, (length,), generator=generator) for length in lengths]
+
+
+def weights_of(model: Any, *, vocab_limit: int = SIZE, own: bool = True) -> DecoderWeights:
+    """The model's weights, copied or as they are."""
+    parts = decoder_parts(model)
+    return generation_weights(parts, vocab_limit=vocab_limit, rows=8, gather=lambda part: nullcontext(), own=own)
+
+
+def decoded(
+    model: Any,
+    rows: list[torch.Tensor],
+    *,
+    slots: int = 8,
+    streams: torch.Tensor | None = None,
+    own: bool = True,
+    cache: torch.dtype | None = None,
+    **options: Any,
+) -> list[Response]:
+    """Native responses."""
+    weights = weights_of(model, own=own)
+    arena = Arena()
+    settings = {"temperature": 0.0, "stop_ids": (EOS,), "max_new_tokens": 40} | options
+    arena.fit(weights, slots=slots, length=max(map(len, rows)) + settings["max_new_tokens"], dtype=cache)
+    numbers = torch.arange(len(rows)) if streams is None else streams
+    return Batch(Decoder(weights=weights), arena, rows, numbers, Decoding(**settings)).run()
+
+
+def expected(model: Any, rows: list[torch.Tensor], **options: Any) -> list[list[int]]:
+    """The responses of transformers' generate, padded on the left."""
+    width = max(map(len, rows))
+    ids, mask = torch.full((len(rows), width), PAD), torch.zeros(len(rows), width, dtype=torch.long)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :], mask[index, width - len(row) :] = row, 1
+    settings = {"max_new_tokens": 40, "do_sample": False, "pad_token_id": PAD, "eos_token_id": EOS} | options
+    with torch.no_grad():
+        out = model.generate(input_ids=ids, attention_mask=mask, generation_config=GenerationConfig(**settings))
+    responses = out[:, width:].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in responses]
+
+
+def tokens(responses: list[Response]) -> list[list[int]]:
+    """The tokens alone."""
+    return [response.ids.tolist() for response in responses]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_transformers(name: str) -> None:
+    model, rows = model_of(name), prompts()
+    wanted = expected(model, rows)
+    # All at once from a copy of the weights, and with prompts that wait for a place from the weights themselves.
+    for slots, own in ((8, True), (3, False)):
+        found = decoded(model, rows, slots=slots, own=own)
+        assert tokens(found) == wanted
+        assert [response.ended for response in found] == [row[-1] == EOS for row in wanted]
+        for row, response in zip(rows, found, strict=True):
+            with torch.no_grad():
+                logits = model(torch.cat([row, response.ids]).unsqueeze(0)).logits[0, len(row) - 1 : -1]
+            computed = logits.log_softmax(dim=1).gather(1, response.ids.unsqueeze(1)).squeeze(1)
+            torch.testing.assert_close(response.logprobs, computed, atol=1e-4, rtol=0)
+    assert tokens(decoded(model, rows[:1])) == wanted[:1]  # A batch of one.
+
+
+def test_some_of_these_responses_end_early_and_some_are_as_long_as_they_may_be() -> None:
+    lengths = [len(row) for name in MODELS for row in tokens(decoded(model_of(name), prompts()))]
+    assert sum(length < 40 for length in lengths) > 10
+    assert sum(length == 40 for length in lengths) > 10
+
+
+def test_a_response_does_not_depend_on_its_neighbours() -> None:
+    model, rows = model_of("llama"), prompts()
+    together = tokens(decoded(model, rows, temperature=1.0, seed=3))
+    crowded = tokens(decoded(model, rows, temperature=1.0, seed=3, slots=2))
+    alone = [
+        tokens(decoded(model, [row], temperature=1.0, seed=3, streams=torch.tensor([index])))[0]
+        for index, row in enumerate(rows)
+    ]
+    assert together == crowded == alone
+    assert tokens(decoded(model, rows, temperature=1.0, seed=4)) != together
+
+
+def test_sampling_follows_the_models_distribution() -> None:
+    model, row = model_of("pythia"), prompts((5,))[0]
+    with torch.no_grad():
+        shares = (model(row.unsqueeze(0)).logits[0, -1] / 1.5).softmax(dim=0)
+    count = 6000
+    drawn = decoded(model, [row] * count, slots=count, temperature=1.5, max_new_tokens=1, seed=11)
+    seen = torch.bincount(torch.tensor(tokens(drawn)).flatten(), minlength=SIZE)
+    rare = shares * count < 5
+    observed = torch.cat([seen[~rare], seen[rare].sum().view(1)]).float()
+    wanted = torch.cat([shares[~rare], shares[rare].sum().view(1)]) * count
+    freedom = len(wanted) - 1
+    assert freedom > 20
+    chi_square = float(((observed - wanted).square() / wanted).sum())
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+    logprobs = torch.cat([response.logprobs for response in drawn])
+    torch.testing.assert_close(logprobs.exp(), shares[torch.tensor(tokens(drawn)).flatten()], atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "options", [{"repetition_penalty": 1.4}, {"min_new_tokens": 25}, {"repetition_penalty": 0.8, "min_new_tokens": 7}]
+)
+def test_penalties_and_shortest_responses_are_those_of_transformers(options: dict[str, Any]) -> None:
+    for name in ("opt", "qwen3", "pythia"):
+        model, rows = model_of(name), prompts((7,) * 6)  # Equal lengths: transformers penalises padding, too.
+        assert tokens(decoded(model, rows, slots=4, **options)) == expected(model, rows, **options)
+
+
+def test_cut_distributions_draw_nothing_outside() -> None:
+    model, rows = model_of("llama"), prompts()
+    greedy = tokens(decoded(model, rows))
+    for options in ({"top_k": 1}, {"top_p": 1e-6}, {"min_p": 1.0}):
+        assert tokens(decoded(model, rows, temperature=1.0, **options)) == greedy
+    whole = decoded(model, rows, temperature=1.0, seed=2)
+    cut = decoded(model, rows, temperature=1.0, seed=2, top_k=3)
+    assert tokens(whole) != tokens(cut)
+    # Log-probabilities are those of the whole distribution, whatever was left out.
+    for row, response in zip(rows, cut, strict=True):
+        with torch.no_grad():
+            logits = model(torch.cat([row, response.ids]).unsqueeze(0)).logits[0, len(row) - 1 : -1]
+        computed = logits.log_softmax(dim=1).gather(1, response.ids.unsqueeze(1)).squeeze(1)
+        torch.testing.assert_close(response.logprobs, computed, atol=1e-4, rtol=0)
+
+
+def test_several_stop_tokens_and_texts_end_a_response() -> None:
+    model, rows = model_of("opt"), prompts()
+    free = tokens(decoded(model, rows, stop_ids=()))
+    stops = {row[4] for row in free}
+    ended = decoded(model, rows, stop_ids=tuple(stops))
+    for row, response in zip(free, ended, strict=True):
+        first = min(row.index(stop) for stop in stops if stop in row)
+        assert response.ids.tolist() == row[: first + 1]
+        assert response.ended
+    pair = free[0][2:4]
+
+    def end(ids: list[int]) -> int | None:
+        places = [place for place in range(len(ids) - 1) if ids[place : place + 2] == pair]
+        return places[0] + 2 if places else None
+
+    by_text = decoded(model, rows, stop_ids=(), stops=end)
+    assert tokens(by_text) == [row[: end(row) or len(row)] for row in free]
+    assert by_text[0].ended
+
+
+def test_a_cache_is_reused_if_it_is_large_enough() -> None:
+    weights = weights_of(model_of("llama"))
+    arena = Arena()
+    arena.fit(weights, slots=4, length=20)
+    first = arena.keys[0].data_ptr()
+    assert arena.nbytes == 2 * 2 * 4 * 2 * 20 * 16 * 4
+    arena.fit(weights, slots=3, length=12)
+    assert arena.keys[0].data_ptr() == first
+    arena.fit(weights, slots=5, length=20)
+    assert arena.slots == 5
+    arena.release()
+    assert arena.nbytes == 0
+
+
+def test_a_rollout_in_a_larger_cache_is_the_same() -> None:
+    model, rows = model_of("bloom"), prompts()
+    weights = weights_of(model)
+    arena = Arena()
+    arena.fit(weights, slots=20, length=110)
+    settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+    again = [Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run() for _ in range(2)]
+    assert tokens(again[0]) == tokens(again[1]) == tokens(decoded(model, rows))
+
+
+def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
+    model, rows = model_of("opt"), prompts()
+    weights = weights_of(model, vocab_limit=40)
+    arena = Arena()
+    arena.fit(weights, slots=8, length=60)
+    settings = Decoding(temperature=3.0, stop_ids=(EOS,), max_new_tokens=30)
+    drawn = Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()
+    assert max(max(row) for row in tokens(drawn)) < 40
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=SIZE)), "models of type gpt2"),
+        (MistralForCausalLM(MistralConfig(**GROUPED, sliding_window=16)), "sliding window"),
+        (
+            LlamaForCausalLM(
+                LlamaConfig(**GROUPED, rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
+            ),
+            "rotary positions of type dynamic",
+        ),
+    ],
+)
+def test_models_that_are_not_known_are_named(model: Any, why: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=why):
+        decoder_parts(model)
+
+
+@pytest.mark.parametrize("cache", [torch.float32, torch.bfloat16])
+def test_bf16_is_close_to_training(cache: torch.dtype) -> None:
+    for name in MODELS:
+        model, rows = model_of(name), prompts()
+        model = type(model)(replace_range(model.config)).eval().to(torch.bfloat16)
+        for row, response in zip(rows, decoded(model, rows, temperature=1.0, cache=cache), strict=True):
+            with torch.no_grad():
+                logits = model(torch.cat([row, response.ids]).unsqueeze(0)).logits[0, len(row) - 1 : -1].float()
+            computed = logits.log_softmax(dim=1).gather(1, response.ids.unsqueeze(1)).squeeze(1)
+            assert float((response.logprobs - computed).abs().mean()) < 0.02
+
+
+def replace_range(config: Any) -> Any:
+    """The configuration with weights of a usual size."""
+    for key in ("initializer_range", "init_std"):
+        if hasattr(config, key):
+            setattr(config, key, 0.02)
+    return config
