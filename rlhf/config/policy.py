@@ -19,7 +19,7 @@ class RolloutConfig:
     backend: RolloutBackend = option(
         RolloutBackend.auto,
         "What generates: native (packed weights, a static cache, continuous batching), hf (transformers' generate: any "
-        "model, slowly), or auto: native where it knows the model and the policy fits whole.",
+        "model, slowly), or auto: native where it knows the model and a copy of the policy that it needs fits.",
     )
     temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
     top_p: float = option(
@@ -62,7 +62,10 @@ class RolloutConfig:
         0.1, "Mean difference of log-probabilities between generation and training, in nats per token.", above=0
     )
     gather: bool | None = option(
-        None, "ZeRO-3: gather the whole policy once per rollout, instead of each layer at each token; null: if it fits."
+        None,
+        "Make a copy of the policy for each rollout where generation needs one: gathered under ZeRO-3, with adapters "
+        "merged, packed on a CPU. Otherwise transformers generates, under ZeRO-3 gathering each layer at each token. "
+        "null: if it fits.",
     )
 
 

@@ -169,7 +169,9 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
         config = replace(config, memory=replace(config.memory, zero_stage=choose_zero_stage(config)))
     if config.rollout.gather is None:
         shared = rollout_ranks(config)
-        placed = replace(config.rollout, gather=shared is not None, tensor_parallel=shared or 1)
+        placed = replace(
+            config.rollout, gather=shared is not None, tensor_parallel=config.rollout.tensor_parallel or shared or 1
+        )
         config = replace(config, rollout=placed)
     return config
 

@@ -109,9 +109,9 @@ def _memory(config: Config) -> Iterator[str]:
         yield f"{config.stage.name}: and {estimate.host / GIB:.2f} of each rank in the host's memory"
     if estimate.gathered:
         shared = config.rollout.tensor_parallel or 1
-        whole = f"over {shared} ranks each" if shared > 1 else "gathered whole"
-        how = whole if config.rollout.gather else "too large beside them, so layer by layer"
-        yield f"{config.stage.name}: the policy takes {estimate.gathered / shared / GIB:.2f} more to generate ({how})"
+        copied = f"a copy shared by {shared} ranks" if shared > 1 else "a whole copy"
+        how = copied if config.rollout.gather else "too large beside them, so transformers generates without one"
+        yield f"{config.stage.name}: the policy takes {estimate.shared(shared) / GIB:.2f} more to generate ({how})"
 
 
 def _capacity(config: Config, estimate: StageMemory) -> str:

@@ -47,11 +47,16 @@ class RoleStates:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StageMemory:
-    """The states of a stage on one device, in bytes. `gathered` is the whole policy while it generates under ZeRO-3."""
+    """The states of a stage on one device, in bytes.
+
+    `gathered` is the policy's copy that generates, where one is needed: whole under ZeRO-3, with adapters merged, or
+    packed on a CPU. Of it `outer` are embeddings and output layer, which every rank holds if several share the rest.
+    """
 
     stage: str
     roles: tuple[RoleStates, ...]
     gathered: float
+    outer: float
     reserve: float
     capacity: float | None
     host_capacity: float | None
@@ -66,14 +71,21 @@ class StageMemory:
         """Bytes of all roles of one rank in the host's memory."""
         return sum(role.host for role in self.roles)
 
-    def fits(self, *, gather: float, activations: float = 0.0) -> bool:
-        """Whether everything fits, with a share of the gathered policy; unknown sizes do."""
+    def shared(self, ranks: int) -> float:
+        """Bytes of the copy that generates on each of the ranks that share it."""
+        return self.outer + (self.gathered - self.outer) / ranks
+
+    def fits(self, *, ranks: int | None = None, activations: float = 0.0) -> bool:
+        """Whether everything fits, with the copy that generates shared by some ranks (None: without one).
+
+        Unknown sizes fit.
+        """
         if self.host_capacity is not None and self.host > self.host_capacity:
             return False
         if self.capacity is None:
             return True
         peak = self.states + self.reserve + activations * self.capacity
-        return peak + self.gathered * gather <= self.capacity
+        return peak + (self.shared(ranks) if ranks is not None else 0.0) <= self.capacity
 
 
 def substages(stage: StageConfig) -> list[StageConfig]:
@@ -113,16 +125,28 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
     host = hardware.host_memory_gib * GIB / per_machine if hardware.host_memory_gib is not None else None
     device = hardware.gpu_memory_gib * GIB if hardware.gpu_memory_gib is not None else None
     actor = next((role for role in stage.roles() if role.generates), None)
-    sharded = actor is not None and config.memory.of_role(actor.name, trained=True).zero_stage == 3
     whole = next((states.parameters for states in roles if actor is not None and states.role == actor.name), 0)
+    copied = whole * _bytes_per_weight(config) if actor is not None and _generates_from_a_copy(config, actor) else 0.0
+    sizes = architecture_of(config.model)
+    outer = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied_embeddings else 2) if sizes is not None else 0
     return StageMemory(
         stage=stage.name,
         roles=tuple(roles),
-        gathered=whole * _bytes_per_weight(config) if sharded else 0.0,
+        gathered=copied,
+        outer=min(copied, float(outer * _bytes_per_weight(config))),
         reserve=RESERVE_GIB[Accelerator.cpu if on_cpu else Accelerator.cuda] * GIB,
         capacity=host if on_cpu else device,
         host_capacity=None if on_cpu else host,
     )
+
+
+def _generates_from_a_copy(config: Config, actor: Role) -> bool:
+    if config.memory.of_role(actor.name, trained=True).zero_stage == 3:
+        return True
+    if config.rollout.backend is RolloutBackend.hf:
+        return False  # It generates with the weights and the adapters as they are.
+    packed = config.hardware.accelerator is Accelerator.cpu and config.memory.precision is Precision.bf16
+    return packed or (config.lora.rank is not None and actor.optimizer is not None)
 
 
 def _bytes_per_weight(config: Config) -> int:
@@ -188,7 +212,7 @@ def choose_zero_stage(config: Config) -> int:
     for zero_stage in (1, 2, 3):
         tried = replace(config, memory=replace(config.memory, zero_stage=zero_stage))
         estimates = [stage_memory(tried, stage) for stage in substages(config.stage)]
-        if all(estimate is None or estimate.fits(gather=0.0, activations=ACTIVATION_SHARE) for estimate in estimates):
+        if all(estimate is None or estimate.fits(activations=ACTIVATION_SHARE) for estimate in estimates):
             return zero_stage
     return 3
 
@@ -205,7 +229,7 @@ def rollout_ranks(config: Config) -> int | None:
     most = 1 if config.rollout.backend is RolloutBackend.hf else config.hardware.gpus_per_node or 1
     counts = [count for count in range(1, most + 1) if most % count == 0 and heads % count == 0]
     for count in counts if wanted is None else [wanted]:
-        if all(estimate is None or estimate.fits(gather=1.0 / count) for estimate in estimates):
+        if all(estimate is None or estimate.fits(ranks=count) for estimate in estimates):
             return count
     return None
 
@@ -214,7 +238,7 @@ def memory_problems(config: Config) -> Iterator[str]:
     """Say of every stage whose states the hardware cannot hold how much is missing, and what would help."""
     for stage in substages(config.stage):
         estimate = stage_memory(config, stage)
-        if estimate is None or estimate.fits(gather=0.0):
+        if estimate is None or estimate.fits():
             continue
         parts = ", ".join(f"{role.role} {role.device / GIB:.1f}" for role in estimate.roles)
         hardware, memory = config.hardware, config.memory
@@ -256,12 +280,18 @@ def _remedy(config: Config) -> str:
 
 def _holds(config: Config) -> bool:
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
-    return all(estimate is None or estimate.fits(gather=0.0) for estimate in estimates)
+    return all(estimate is None or estimate.fits() for estimate in estimates)
 
 
 def rollout_problems(config: Config) -> Iterator[str]:
-    """Say of a number of ranks that cannot share the policy's weights what it must divide."""
-    ranks, shape = config.rollout.tensor_parallel or 1, architecture_of(config.model)
+    """Say what of the options of generation contradicts others, or what ranks that share the weights must divide."""
+    rollout = config.rollout
+    ranks, shape = rollout.tensor_parallel or 1, architecture_of(config.model)
+    if "" in rollout.stop:
+        yield f"rollout.stop={rollout.stop}: an empty text would end every response at once"
+    longest = rollout.max_new_tokens or config.data.max_response_length
+    if rollout.min_new_tokens > longest:
+        yield f"rollout.min_new_tokens={rollout.min_new_tokens}: more than the {longest} tokens of the longest response"
     if ranks == 1:
         return
     key = f"rollout.tensor_parallel={ranks}"

@@ -18,7 +18,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import RankGroup, local_world_size, world_size
 from rlhf.engine.generation import generation_mode, is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
-from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
+from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights, needs_copy
 from rlhf.models.lora import AdaptersOff, adapters_off
 from rlhf.rollout.hf import generate_with_hf
 from rlhf.rollout.native.arena import Arena, bytes_per_token
@@ -86,19 +86,17 @@ class Generator:
             yield self._ready.model
             return
         engine, off = self._plain_engine()
-        with off:
-            if self.native:
-                mode: AbstractContextManager[Any] = self._weights(engine)
-            else:
-                mode = generation_mode(engine, gather=self.sampling.whole)
-            with mode as model:
+        mode = self._weights(engine) if self.native else generation_mode(engine, gather=self.sampling.whole)
+        try:
+            with off, mode as model:
                 self._ready = _Ready(model=model)
-                try:
-                    yield model
-                finally:
-                    self._ready = None
-        if self._releases_cache():
+                yield model
+                self._keep_cache()
+        except BaseException:
             self.arena.release()
+            raise
+        finally:
+            self._ready = None
 
     def generate(self, prompts: PromptBatch, *, seed: int = 0, streams: Int[Tensor, " B"] | None = None) -> Rollout:
         """Sample one response per prompt with the engine's present weights. Every rank must call.
@@ -139,8 +137,10 @@ class Generator:
             hindrance = f"native decoding does not know {error}"
         else:
             ranks = self.sampling.tensor_parallel
-            if is_partitioned(engine) and not self.sampling.gather and ranks == 1:
-                hindrance = "the policy does not fit whole on a device beside the rest (rollout.gather=false)"
+            if not self.sampling.gather and ranks == 1 and (is_partitioned(engine) or needs_copy(parts)):
+                hindrance = (
+                    "by the plan's estimate no copy of the policy fits beside the rest (rollout.gather=true makes one)"
+                )
             if world_size() % ranks or parts.shape.heads % ranks or parts.shape.kv_heads % ranks:
                 raise ConfigError(
                     f"rollout.tensor_parallel={ranks}: must divide the {world_size()} ranks, the {parts.shape.heads} "
@@ -179,7 +179,7 @@ class Generator:
             rows = [row for part, _ in shared for row in part]
             streams = torch.cat([part for _, part in shared])
             first = sum(len(part) for part, _ in shared[: group.rank])
-        self._make_room(weights, count=len(rows), length=max(map(len, rows)) + sampling.max_new_tokens)
+        slots = self._make_room(weights, count=len(rows), length=max(map(len, rows)) + sampling.max_new_tokens)
         decoding = Decoding(
             temperature=sampling.temperature,
             top_k=sampling.top_k,
@@ -193,13 +193,13 @@ class Generator:
             seed=seed,
         )
         decoder = Decoder(weights=weights, reduce=group.add_up if group is not None else None)
-        batch = Batch(
-            decoder, self.arena, rows, streams, decoding, agree=group.take_first if group is not None else None
-        )
+        agree = group.take_first if group is not None else None
+        batch = Batch(decoder, self.arena, rows, streams, decoding, slots=slots, agree=agree)
         responses = batch.run()[first : first + count]
         return _rollout(responses, prompts, pad_id=int(self.tokenizer.pad_token_id))
 
-    def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> None:
+    def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> int:
+        """Make the cache large enough, and return how many sequences are decoded together."""
         each = length * bytes_per_token(weights)
         free = free_bytes(weights.device) + self.arena.nbytes
         room = int(free * ARENA_SHARE // each)
@@ -210,14 +210,19 @@ class Generator:
                 f"the cache of keys and values of one sequence of {length} tokens takes {each / 2**20:.0f} MiB and "
                 f"{free / 2**20:.0f} MiB are free: lower rollout.max_new_tokens or data.max_prompt_length"
             )
-        self.arena.fit(weights, slots=min(count, self.sampling.batch_size or count, room), length=length)
+        slots = min(count, self.sampling.batch_size or count, room)
+        self.arena.fit(weights, slots=slots, length=length)
+        return slots
 
-    def _releases_cache(self) -> bool:
-        if self.sampling.release_cache is not None:
-            return self.sampling.release_cache
-        if not self.arena.keys:
-            return False
-        return self.arena.nbytes > KEPT_SHARE * free_bytes(self.arena.keys[0].device)
+    def _keep_cache(self) -> None:
+        """Give the cache back if it is to be."""
+        release = self.sampling.release_cache
+        if release is None and self.native:
+            large = bool(self.arena.keys) and self.arena.nbytes > KEPT_SHARE * free_bytes(self.arena.keys[0].device)
+            # Ranks that share the weights keep the same.
+            release = any(self._group.gather_objects(large)) if self._group is not None else large
+        if release:
+            self.arena.release()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -243,7 +248,9 @@ def check_length(config: Any, prompt_length: int, max_new_tokens: int) -> None:
 def free_bytes(device: torch.device) -> int:
     """Memory that this process may still take: of its GPU, or its share of the host's."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
+        # What torch has reserved and not given out is free, too.
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + spare
     return int(psutil.virtual_memory().available) // local_world_size()
 
 

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rlhf.batch import PromptBatch, Rollout
 from rlhf.engine.distributed import all_reduce_max
@@ -31,6 +31,7 @@ def generate_with_hf(
         in_step: all ranks take part in every step, as layers that are gathered one by one need.
     """
     settings = _settings(tokenizer, sampling, vocab_size=model.config.vocab_size, limit=vocab_limit)
+    ends = _EndOfText(tokenizer, sampling, width=prompts.prompt_ids.shape[1])
     pieces = prompts.split(sampling.batch_size or len(prompts))
     device = prompts.prompt_ids.device
     rounds = int(all_reduce_max(torch.tensor([len(pieces)], device=device))) if in_step else len(pieces)
@@ -42,11 +43,25 @@ def generate_with_hf(
                 attention_mask=piece.prompt_mask.long(),
                 generation_config=settings,
                 synced_gpus=in_step,
-                tokenizer=tokenizer if sampling.stop else None,
+                stopping_criteria=StoppingCriteriaList([ends]) if sampling.stop else None,
             )
             for piece in (pieces[min(index, len(pieces) - 1)] for index in range(rounds))
         ][: len(pieces)]
     return _rollout(parts, prompts, tokenizer=tokenizer, sampling=sampling)
+
+
+class _EndOfText(StoppingCriteria):
+    """Whether the response, without its prompt, contains a text that ends it; transformers' own looks at both."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, *, width: int) -> None:
+        self.tokenizer, self.sampling, self.width = tokenizer, sampling, width
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **options: Any) -> torch.Tensor:
+        """True for each row that has ended."""
+        ended = [
+            end_of_text(self.tokenizer, self.sampling.stop, row[self.width :]) is not None for row in input_ids.tolist()
+        ]
+        return torch.tensor(ended, device=input_ids.device)
 
 
 def _rollout(
@@ -93,7 +108,6 @@ def _settings(
         eos_token_id=list(sampling.stop_ids),
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
-        stop_strings=list(sampling.stop) or None,
         suppress_tokens=list(range(limit, vocab_size)) or None,
         use_cache=True,
     )

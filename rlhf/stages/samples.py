@@ -1,18 +1,16 @@
 """A few answers of a trained model, for the report."""
 
-from typing import Any
-
 from rlhf.data.collate import collate_prompts
+from rlhf.rollout.generate import Generator
 from rlhf.rollout.score import ended_with_eos, response_texts
-from rlhf.stages.session import Session, generator_of
+from rlhf.stages.session import Session
 
 
-def record_samples(session: Session, engine: Any, *, vocab_limit: int, step: int, count: int = 10) -> None:
+def record_samples(session: Session, generator: Generator, *, step: int, count: int = 10) -> None:
     """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else this stage's own."""
     rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
     rows = rows.select(range(min(count, len(rows)))).to_list()
     prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
-    generator = generator_of(session.config, engine, session.tokenizer, vocab_limit=vocab_limit)
     rollout = generator.generate(prompts, seed=session.config.seed)
     ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
     lengths = rollout.response_mask.sum(dim=1).tolist()

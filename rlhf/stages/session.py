@@ -106,6 +106,7 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
         if base is not None
         else None
     )
+    sampling_of(config, tokenizer)  # Found before anything is trained.
     device = initialize_distributed(timeout_minutes=config.launcher.timeout_minutes)
     seed_everything(config.seed)
     is_main = rank() == 0
@@ -174,8 +175,17 @@ def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
 
 
 def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How responses are drawn in a run. Raises ConfigError for a stop token that the tokenizer does not have."""
+    """How responses are drawn in a run.
+
+    Raises ConfigError for a stop token that the tokenizer does not have, or a stop text that its tokens cannot spell.
+    """
     rollout, vocabulary = config.rollout, tokenizer.get_vocab()
+    for text in rollout.stop:
+        spelt = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False)
+        if text not in spelt:
+            raise ConfigError(
+                f"rollout.stop: the tokens of {text!r} read {spelt!r}: no response would ever end with this text"
+            )
     unknown = [token for token in rollout.stop_tokens if token not in vocabulary]
     if unknown:
         raise ConfigError(

@@ -113,6 +113,42 @@ def gathered(prompts: PromptBatch) -> PromptBatch:
     return PromptBatch(prompt_ids=all_reduce_sum(ids), prompt_mask=all_reduce_sum(mask).bool())
 
 
+def stop_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """Texts that end a response, for both ways; and what is left of the cache, also after an exception."""
+    engine, tokenizer = plain_engine(folder, memory, role), load_tokenizer(folder / "policy")
+    free = tokens(answers(engine, prompts, folder, GREEDY))
+    text = tokenizer.decode(free[0][3:5])
+    # The prompt and the beginning of the response read like this: it ends nothing.
+    across = tokenizer.decode([int(prompts.prompt_ids[1, -1]), free[1][0]])
+    stopped = [
+        answers(engine, prompts, folder, replace(GREEDY, stop=(text, across), backend=backend))
+        for backend in (RolloutBackend.native, RolloutBackend.hf)
+    ]
+    generator = Generator(
+        engine=engine,
+        tokenizer=tokenizer,
+        sampling=replace(GREEDY, release_cache=False),
+        vocab_limit=len(tokenizer),
+    )
+    generator.generate(prompts)
+    kept = generator.arena.nbytes
+    try:
+        with generator.generation_mode():
+            raise KeyError
+    except KeyError:
+        left = generator.arena.nbytes
+    again = tokens(generator.generate(prompts))
+    ended = [None if rollout.ended is None else rollout.ended.tolist() for rollout in stopped]
+    return {
+        "same": float(tokens(stopped[0]) == tokens(stopped[1]) and ended[0] == ended[1]),
+        "cut": float(tokens(stopped[0])[0] == free[0][: len(tokens(stopped[0])[0])] and bool((ended[0] or [0])[0])),
+        "shorter": float(len(tokens(stopped[0])[0]) <= 5 < len(free[0])),
+        "kept": float(kept > 0),
+        "left": float(left),
+        "again": float(again == free),
+    }
+
+
 def parallel_facts(
     folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig, *, adapted: bool
 ) -> dict[str, float]:
@@ -164,6 +200,7 @@ def collect(folder: Path, memory: MemoryConfig, prompts: PromptBatch, role: Role
         facts[f"parallel_zero{stage}{'_lora' if adapted else ''}"] = parallel_facts(
             folder, prompts, role, replace(memory, zero_stage=stage), adapted=adapted
         )
+    facts["stops"] = stop_facts(folder, prompts, role, replace(memory, zero_stage=3))
     for stage in (1, 3):
         facts[f"neighbours_zero{stage}"] = neighbour_facts(folder, prompts, role, replace(memory, zero_stage=stage))
     return facts

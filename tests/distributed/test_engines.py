@@ -126,6 +126,11 @@ def test_ranks_that_share_the_weights_give_the_same_tokens(two_ranks: dict[str, 
     assert facts["logprob_error"] < 1e-5
 
 
+def test_texts_end_responses_and_the_cache_is_given_back(two_ranks: dict[str, Any]) -> None:
+    expected = {"same": 1.0, "cut": 1.0, "shorter": 1.0, "kept": 1.0, "left": 0.0, "again": 1.0}
+    assert two_ranks["stops"] == expected
+
+
 @pytest.mark.parametrize("stage", [1, 3])
 def test_a_response_depends_on_its_own_stream_alone(two_ranks: dict[str, Any], stage: int) -> None:
     assert two_ranks[f"neighbours_zero{stage}"] == {"same": 1.0, "seed_differs": 1.0, "rows_differ": 1.0}

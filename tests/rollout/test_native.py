@@ -1,10 +1,14 @@
 """Native decoding against transformers' generate, model family by model family, and what it does beyond it."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -26,7 +30,7 @@ from transformers import (
 )
 
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
-from rlhf.models.decoder.weights import DecoderWeights, generation_weights
+from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
 from rlhf.rollout.native.loop import Batch, Decoding, Response
@@ -256,6 +260,88 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
     settings = Decoding(temperature=3.0, stop_ids=(EOS,), max_new_tokens=30)
     drawn = Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()
     assert max(max(row) for row in tokens(drawn)) < 40
+
+
+def test_looking_seldom_at_what_has_ended_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where each look waits for the device."""
+    for name, options in (("llama", {}), ("opt", {"repetition_penalty": 1.3, "min_new_tokens": 5})):
+        model, rows = model_of(name), prompts()
+        wanted = decoded(model, rows, temperature=1.0, slots=3, **options)
+        with monkeypatch.context() as patched:
+            patched.setattr(Batch, "_retire", retire_after(8))
+            found = decoded(model, rows, temperature=1.0, slots=3, **options)
+        assert tokens(found) == tokens(wanted)
+        for own, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
+            assert own.ended == other.ended
+
+
+def retire_after(steps: int) -> Any:
+    """What takes sequences out of the batch at every eighth call only, or when all of them have ended."""
+    retire, calls = Batch._retire, [0]
+
+    def seldom(batch: Batch) -> None:
+        calls[0] += 1
+        if calls[0] % steps == 0 or bool(batch.slots.done[: batch.slots.count].all()):
+            retire(batch)
+
+    return seldom
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ranks_that_share_the_weights_compute_the_whole(name: str) -> None:
+    """Two threads stand for two ranks: each has half of the heads and of the MLPs, and they add up their parts."""
+    model, rows = model_of(name), prompts()
+    barrier, parts, found = threading.Barrier(2), [torch.empty(0)] * 2, [list[Response]()] * 2
+
+    def rank(index: int) -> None:
+        def add_up(values: torch.Tensor) -> None:
+            parts[index] = values.clone()
+            barrier.wait()
+            values.copy_(parts[0] + parts[1])
+            barrier.wait()
+
+        share = Share(rank=index, ranks=2)
+        weights = generation_weights(
+            decoder_parts(model), vocab_limit=SIZE, rows=8, gather=lambda part: nullcontext(), own=True, share=share
+        )
+        arena = Arena()
+        arena.fit(weights, slots=8, length=70)
+        settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+        found[index] = Batch(Decoder(weights=weights, reduce=add_up), arena, rows, torch.arange(8), settings).run()
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(rank, index) for index in range(2)]:
+            done.result()
+    wanted = decoded(model, rows)
+    for own in found:
+        assert tokens(own) == tokens(wanted)
+        for response, other in zip(own, wanted, strict=True):
+            torch.testing.assert_close(response.logprobs, other.logprobs, atol=1e-4, rtol=0)
+
+
+def test_what_a_broken_sequence_leaves_in_the_cache_does_no_harm() -> None:
+    model, rows = model_of("llama"), prompts()
+    weights = weights_of(model)
+    arena = Arena()
+    arena.fit(weights, slots=8, length=70)
+    for kept in (*arena.keys, *arena.values):
+        kept.fill_(torch.nan)
+    settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+    assert tokens(Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()) == tokens(
+        decoded(model, rows)
+    )
+
+
+def test_adapters_that_cannot_be_merged_are_refused_before_anything_is_generated() -> None:
+    for options, why in (
+        ({"target_modules": ["embed_tokens"]}, "adapters of class Embedding"),
+        ({"target_modules": ["q_proj"], "use_dora": True}, "DoRA"),
+    ):
+        model = model_of("qwen2")
+        inject_adapter_in_model(PeftLoraConfig(r=2, **options), model)
+        with pytest.raises(UnsupportedModelError, match=why):
+            decoder_parts(model)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 
@@ -78,6 +80,12 @@ class DecoderParts:
     project_in: nn.Module | None = None
     project_out: nn.Module | None = None
 
+    def dense(self) -> list[nn.Module]:
+        """The modules with a matrix, which may be adapted."""
+        outer = [self.embedding, self.positions, self.project_in, self.project_out, self.head]
+        inner = [part for layer in self.layers for part in (*layer.qkv, layer.out, *layer.up, layer.down)]
+        return [*(part for part in outer if part is not None), *inner]
+
     def outer(self) -> list[nn.Module]:
         """The modules outside the blocks."""
         found = (
@@ -96,12 +104,27 @@ def decoder_parts(model: Any) -> DecoderParts:
     """The parts of a causal language model of transformers, adapted or not.
 
     Raises:
-        UnsupportedModelError: another family, or an option of it that the arithmetic here does not have.
+        UnsupportedModelError: another family, an option of it that the arithmetic here does not have, or adapters that
+            cannot be merged.
     """
     kind = model.config.model_type
     if kind not in _FAMILIES:
         raise UnsupportedModelError(f"models of type {kind}")
-    return _FAMILIES[kind](model)
+    parts = _FAMILIES[kind](model)
+    for module in parts.dense():
+        _check_adapters(module)
+    return parts
+
+
+def _check_adapters(module: nn.Module) -> None:
+    if not isinstance(module, BaseTunerLayer):
+        return
+    if not isinstance(module, LoraLayer) or not isinstance(module.get_base_layer(), nn.Linear):
+        raise UnsupportedModelError(f"adapters of class {type(module).__name__}")
+    if any(module.use_dora.values()):
+        raise UnsupportedModelError("adapters that change the length of weights (DoRA)")
+    if any(module.lora_bias.values()) or getattr(module, "fan_in_fan_out", False):
+        raise UnsupportedModelError("adapters with biases or transposed weights")
 
 
 def _opt(model: Any) -> DecoderParts:
@@ -226,6 +249,8 @@ def _bloom(model: Any) -> DecoderParts:
     config, decoder = model.config, model.transformer
     if config.apply_residual_connection_post_layernorm:
         raise UnsupportedModelError("Bloom whose residual is taken behind the norm")
+    if config.pretraining_tp > 1 and config.slow_but_exact:
+        raise UnsupportedModelError("Bloom with slow_but_exact")
     layers = tuple(
         LayerParts(
             module=layer,

@@ -163,17 +163,23 @@ def generation_weights(
         with gather(layer.module):
             layers.append(reader.layer(layer))
     with gather(nn.ModuleList(parts.outer())):
+        embedding = _kept(dense(parts.embedding)[0], reader.own)
         head, head_bias = dense(parts.head)
+        head_bias = None if head_bias is None else head_bias[:vocab_limit]
+        if head is dense(parts.embedding)[0]:  # Tied: one copy for both.
+            output = Projection(embedding[:vocab_limit], _kept(head_bias, reader.own), rows=rows)
+        else:
+            output = reader.projection(head[:vocab_limit], head_bias)
         return DecoderWeights(
             shape=parts.shape,
             share=share,
-            embedding=_kept(dense(parts.embedding)[0], reader.own),
+            embedding=embedding,
             positions=_kept(dense(parts.positions)[0], reader.own) if parts.positions is not None else None,
             embedding_norm=reader.norm(parts.embedding_norm),
             project_in=reader.whole(parts.project_in),
             project_out=reader.whole(parts.project_out),
             final_norm=reader.norm(parts.final_norm),
-            head=reader.projection(head[:vocab_limit], None if head_bias is None else head_bias[:vocab_limit]),
+            head=output,
             layers=tuple(layers),
         )
 
@@ -247,18 +253,21 @@ def dense(module: Any) -> tuple[Tensor, Tensor | None]:
         return module.weight, getattr(module, "bias", None)
     base: Any = module.get_base_layer()
     weight: Tensor = base.weight
-    if not isinstance(module, LoraLayer) or not isinstance(base, nn.Linear):
-        raise UnsupportedModelError(f"adapters of class {type(module).__name__}")
+    assert isinstance(module, LoraLayer), "decoder_parts lets no others pass"
     if not module.disable_adapters:
         merged = weight.float()
         for name in module.active_adapters:
-            if module.use_dora.get(name):
-                raise UnsupportedModelError("adapters that change the length of weights (DoRA)")
             down: Any = module.lora_A[name].weight
             up: Any = module.lora_B[name].weight
             merged = merged + module.scaling[name] * (up.float() @ down.float())
         weight = merged.to(weight.dtype)
     return weight, base.bias
+
+
+def needs_copy(parts: DecoderParts) -> bool:
+    """Whether generation takes a copy of the weights even where they are whole: adapters are merged, or it packs."""
+    modules = parts.dense()
+    return any(isinstance(module, BaseTunerLayer) for module in modules) or _packs(dense(modules[-1])[0])
 
 
 @cache

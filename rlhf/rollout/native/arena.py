@@ -33,8 +33,12 @@ class Arena:
         ):
             return
         self.release()
-        for kept in (self.keys, self.values):
-            kept += [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
+        old = None
+        keys, values = (
+            [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
+            for _ in range(2)
+        )
+        self.keys, self.values = keys, values
         self.slots, self.length = slots, length
 
     def release(self) -> None:

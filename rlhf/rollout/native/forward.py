@@ -44,6 +44,7 @@ class Decoder:
             wide_keys, wide_values = padded(keys), padded(values)
             for kept, new in ((arena.keys[layer], wide_keys), (arena.values[layer], wide_values)):
                 kept[slots, :, :longest] = new.to(kept.dtype)
+                kept[slots, :, longest:] = 0  # What another sequence left there would count if it were not finite.
             # A prompt's padding stands behind it, where none of its tokens looks.
             mixed = F.scaled_dot_product_attention(
                 padded(queries),

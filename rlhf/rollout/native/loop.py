@@ -11,7 +11,7 @@ from rlhf.functional.sampling import draw, penalise_repetition, restrict, stream
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
 
-PREFILL_TOKENS = 4096  # At most in one piece, unless a prompt is longer.
+PREFILL_TOKENS = 4096  # At most in one piece, counted as if all were as long as the first; a longer prompt is alone.
 GPU_CHECK_EVERY = 8  # Tokens between two looks at what has finished: each look waits for the device.
 
 
@@ -98,6 +98,7 @@ class Batch:
         prompts: token ids of each, without padding.
         streams: the number of each prompt's stream of random numbers.
         decoding: how tokens are chosen.
+        slots: sequences that are decoded together at most; as many as the cache has slots if not given.
         agree: makes sampled tokens equal on ranks that decode the same prompts together; None without such.
     """
 
@@ -109,6 +110,7 @@ class Batch:
         streams: Int[Tensor, " n"],
         decoding: Decoding,
         *,
+        slots: int | None = None,
         agree: Callable[[Tensor], None] | None = None,
     ) -> None:
         self.decoder, self.arena, self.prompts, self.decoding, self.agree = decoder, arena, prompts, decoding, agree
@@ -117,7 +119,7 @@ class Batch:
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
         self.finished: dict[int, Response] = {}
         self.uniforms = stream_uniforms(stream_keys(streams, seed=decoding.seed), longest).to(device)
-        size, vocabulary = min(arena.slots, len(prompts)), decoder.weights.head.features
+        size, vocabulary = min(slots or arena.slots, len(prompts)), decoder.weights.head.features
         integers = torch.zeros(size, dtype=torch.long, device=device)
         self.slots = _Slots(
             tokens=integers.clone(),
@@ -132,7 +134,8 @@ class Batch:
             else None,
         )
         self.size = size
-        self.stop_ids = torch.tensor(decoding.stop_ids, dtype=torch.long, device=device)
+        known = [stop_id for stop_id in decoding.stop_ids if stop_id < vocabulary]
+        self.stop_ids = torch.tensor(known, dtype=torch.long, device=device)
         self.check_every = 1 if device.type == "cpu" else GPU_CHECK_EVERY
 
     def run(self) -> list[Response]:
@@ -162,12 +165,9 @@ class Batch:
     def _admit(self) -> None:
         """Run waiting prompts, as many as there is room for, and choose the first token of each response."""
         slots, first = self.slots, self.slots.count
-        chosen: list[int] = []
-        tokens = 0
-        while self.waiting and first + len(chosen) < self.size:
-            tokens += len(self.prompts[self.waiting[-1]])
-            if chosen and tokens > PREFILL_TOKENS:
-                break
+        chosen = [self.waiting.pop()]
+        longest = len(self.prompts[chosen[0]])
+        while self.waiting and first + len(chosen) < self.size and (len(chosen) + 1) * longest <= PREFILL_TOKENS:
             chosen.append(self.waiting.pop())
         device = self.decoder.weights.device
         taken = torch.arange(first, first + len(chosen), device=device)
@@ -201,7 +201,9 @@ class Batch:
             logits = logits / decoding.temperature
         ids, logprobs = self._chosen(logits, where, steps)
         if self.agree is not None:
-            self.agree(ids)
+            drawn = torch.stack([ids.double(), logprobs.double()])
+            self.agree(drawn)
+            ids, logprobs = drawn[0].long(), drawn[1].float()
         rows = torch.arange(where.start, where.stop, device=ids.device)
         # A sequence that has ended but was not seen to writes on behind its end, where nothing is read.
         place = steps.clamp(max=decoding.max_new_tokens - 1)

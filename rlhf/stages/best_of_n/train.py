@@ -98,10 +98,13 @@ def sample(session: Session) -> dict[str, list[Answer]]:
     mine: list[tuple[str, list[Answer]]] = []
     vocab_limit = vocabulary_limit(model, session.tokenizer)
     generator = generator_of(config, actor, session.tokenizer, vocab_limit=vocab_limit)
-    for (rows_of_batch, prompts), valid in batches:
-        repeated = prompts.repeat(stage.n[-1])
-        with session.recorder.phase("generation"):
-            rollout = generator.generate(repeated.to(session.device), seed=config.seed)
+    with session.recorder.phase("generation"), generator.generation_mode():
+        sampled = [
+            (rows_of_batch, repeated, generator.generate(repeated.to(session.device), seed=config.seed), valid)
+            for (rows_of_batch, prompts), valid in batches
+            for repeated in (prompts.repeat(stage.n[-1]),)
+        ]
+    for rows_of_batch, repeated, rollout, valid in sampled:
         with session.recorder.phase("scoring"):
             columns = {
                 "score": scorer(repeated, rollout).tolist(),

@@ -20,7 +20,7 @@ from rlhf.rollout.forward import target_logprobs
 from rlhf.stages.dpo.config import DPOConfig
 from rlhf.stages.policy import build_policy, build_reference
 from rlhf.stages.samples import record_samples
-from rlhf.stages.session import Session, count_steps, open_session, record_step
+from rlhf.stages.session import Session, count_steps, generator_of, open_session, record_step
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -44,6 +44,7 @@ def run(config: Config, run_dir: Path) -> None:
     model, actor = build_policy(config, start, session.tokenizer, total_steps=total_steps)
     reference = build_reference(config, start, session.tokenizer, actor=actor)
     pairs = PairLoss(session, actor, reference, vocab_limit=vocabulary_limit(model, session.tokenizer))
+    generator = generator_of(config, actor, session.tokenizer, vocab_limit=pairs.vocab_limit)
     seed_everything(config.seed + session.rank)
 
     before = latest = evaluate(session, pairs, step=0)
@@ -55,7 +56,7 @@ def run(config: Config, run_dir: Path) -> None:
     with session.recorder.phase("export"):
         export_model(actor, model, session.tokenizer, run_dir / "model")
     with session.recorder.phase("samples"):
-        record_samples(session, actor, vocab_limit=pairs.vocab_limit, step=total_steps)
+        record_samples(session, generator, step=total_steps)
     session.finish(before=before, after=latest)
 
 

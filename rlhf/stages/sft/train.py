@@ -26,6 +26,7 @@ from rlhf.stages.session import (
     adapt,
     count_steps,
     enable_checkpointing,
+    generator_of,
     global_count,
     open_session,
     record_step,
@@ -66,6 +67,7 @@ def run(config: Config, run_dir: Path) -> None:
     engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
     seed_everything(config.seed + session.rank)
     vocab_limit = vocabulary_limit(model, session.tokenizer)
+    generator = generator_of(config, engine, session.tokenizer, vocab_limit=vocab_limit)
 
     before = latest = evaluate(session, engine, vocab_limit=vocab_limit, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
@@ -76,7 +78,7 @@ def run(config: Config, run_dir: Path) -> None:
     with session.recorder.phase("export"):
         export_model(engine, model, session.tokenizer, run_dir / "model")
     with session.recorder.phase("samples"):
-        record_samples(session, engine, vocab_limit=vocab_limit, step=total_steps)
+        record_samples(session, generator, step=total_steps)
     session.finish(before=before, after=latest)
 
 
