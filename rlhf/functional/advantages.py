@@ -77,3 +77,19 @@ def _group_totals(rewards: Tensor, mask: Tensor, *, group_size: int) -> Tensor:
     if group_size < 2 or len(rewards) % group_size:
         raise ValueError(f"group_size={group_size}: {len(rewards)} responses are not whole groups of at least two")
     return torch.where(mask, rewards, 0.0).sum(dim=1).view(-1, group_size)
+
+
+def importance_weights(
+    trained: Float[Tensor, "B R"], sampled: Float[Tensor, "B R"], mask: Bool[Tensor, "B R"], *, cap: float
+) -> Float[Tensor, "B R"]:
+    """min(cap, p / q) of each token, p its probability in training and q that in generation; 0 outside the mask.
+
+    Truncated importance sampling (Ionides 2008): it corrects, with bounded variance, for tokens that were drawn from
+    another distribution than the one that is trained.
+
+    Args:
+        trained, sampled: log-probabilities in nats.
+        cap: largest weight, at least 1.
+    """
+    ratios = torch.exp(torch.where(mask, trained - sampled, 0.0)).clamp(max=cap)
+    return torch.where(mask, ratios, 0.0)

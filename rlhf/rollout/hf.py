@@ -1,53 +1,73 @@
 """Generation with transformers' own `generate`: it answers for every model, slowly, and is what others are held to."""
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from rlhf.batch import PromptBatch, Rollout
 from rlhf.engine.distributed import all_reduce_max
+from rlhf.engine.generation import generation_mode, is_partitioned
 from rlhf.functional.masking import response_mask_from_ids
 from rlhf.rollout.sampling import Sampling, end_of_text
 
 
-def generate_with_hf(
-    model: Any,
-    prompts: PromptBatch,
-    *,
-    tokenizer: PreTrainedTokenizerBase,
-    sampling: Sampling,
-    vocab_limit: int,
-    in_step: bool,
-) -> Rollout:
-    """Answer prompts with a model that is ready to generate. Random numbers are torch's.
+class HfBackend:
+    """The engine's module itself, in generation mode. Random numbers are torch's.
 
     Args:
-        model: a causal language model.
-        prompts: left-padded, on the model's device.
+        engine: whose weights generate.
         tokenizer: gives EOS and PAD, and the texts of tokens.
         sampling: how tokens are drawn.
         vocab_limit: ids from here on are never sampled.
-        in_step: all ranks take part in every step, as layers that are gathered one by one need.
+        reason: why this way was taken, in words.
     """
-    settings = _settings(tokenizer, sampling, vocab_size=model.config.vocab_size, limit=vocab_limit)
-    ends = _EndOfText(tokenizer, sampling, width=prompts.prompt_ids.shape[1])
-    pieces = prompts.split(sampling.batch_size or len(prompts))
-    device = prompts.prompt_ids.device
-    rounds = int(all_reduce_max(torch.tensor([len(pieces)], device=device))) if in_step else len(pieces)
-    with torch.no_grad():
-        # Where all ranks have to take part in every step, one with fewer pieces answers its last one again.
-        parts = [
-            model.generate(
-                input_ids=piece.prompt_ids,
-                attention_mask=piece.prompt_mask.long(),
-                generation_config=settings,
-                synced_gpus=in_step,
-                stopping_criteria=StoppingCriteriaList([ends]) if sampling.stop else None,
-            )
-            for piece in (pieces[min(index, len(pieces) - 1)] for index in range(rounds))
-        ][: len(pieces)]
-    return _rollout(parts, prompts, tokenizer=tokenizer, sampling=sampling)
+
+    def __init__(
+        self,
+        engine: Any,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        sampling: Sampling,
+        vocab_limit: int,
+        reason: str,
+    ) -> None:
+        self.engine, self.tokenizer, self.sampling, self.vocab_limit = engine, tokenizer, sampling, vocab_limit
+        self.description = f"transformers' generate ({reason})"
+
+    def mode(self) -> AbstractContextManager[Any]:
+        """The module, gathered if it is partitioned and fits whole."""
+        return generation_mode(self.engine, gather=self.sampling.whole)
+
+    def release(self) -> None:
+        """There is nothing to give back."""
+
+    def generate(self, prompts: PromptBatch, *, seed: int, streams: Int[Tensor, " B"]) -> Rollout:
+        """Answer left-padded prompts, within `mode`."""
+        model, sampling = self.engine.module, self.sampling
+        # Layers that are gathered one by one need all ranks in every step.
+        in_step = not sampling.whole and is_partitioned(self.engine)
+        settings = _settings(self.tokenizer, sampling, vocab_size=model.config.vocab_size, limit=self.vocab_limit)
+        ends = _EndOfText(self.tokenizer, sampling, width=prompts.prompt_ids.shape[1])
+        pieces = prompts.split(sampling.batch_size or len(prompts))
+        device = prompts.prompt_ids.device
+        rounds = int(all_reduce_max(torch.tensor([len(pieces)], device=device))) if in_step else len(pieces)
+        with torch.no_grad():
+            # One with fewer pieces answers its last one again.
+            parts = [
+                model.generate(
+                    input_ids=piece.prompt_ids,
+                    attention_mask=piece.prompt_mask.long(),
+                    generation_config=settings,
+                    synced_gpus=in_step,
+                    stopping_criteria=StoppingCriteriaList([ends]) if sampling.stop else None,
+                )
+                for piece in (pieces[min(index, len(pieces) - 1)] for index in range(rounds))
+            ][: len(pieces)]
+        return _rollout(parts, prompts, tokenizer=self.tokenizer, sampling=sampling)
 
 
 class _EndOfText(StoppingCriteria):

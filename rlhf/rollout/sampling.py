@@ -20,6 +20,7 @@ class Sampling:
         stop: texts that end a response; what completes them belongs to it.
         min_new_tokens: no stop token is drawn before.
         max_new_tokens: longest response.
+        max_length: longest prompt and response together, where it is known before.
         batch_size: prompts that are answered together at most; None: as many as there is memory for.
         backend: what generates.
         gather: whether a ZeRO-3 model is gathered whole.
@@ -36,6 +37,7 @@ class Sampling:
     stop: tuple[str, ...] = ()
     min_new_tokens: int = 0
     max_new_tokens: int
+    max_length: int | None = None
     batch_size: int | None = None
     backend: RolloutBackend = RolloutBackend.auto
     gather: bool = True

@@ -202,6 +202,7 @@ def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
         stop=tuple(rollout.stop),
         min_new_tokens=rollout.min_new_tokens,
         max_new_tokens=rollout.max_new_tokens or config.data.max_response_length,
+        max_length=config.data.max_prompt_length + (rollout.max_new_tokens or config.data.max_response_length),
         batch_size=rollout.batch_size_per_gpu,
         backend=rollout.backend,
         gather=rollout.gather is not False,

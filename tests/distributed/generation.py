@@ -42,7 +42,7 @@ def answers(engine: Any, prompts: PromptBatch, folder: Path, sampling: Sampling,
     """The responses of one way to generate."""
     tokenizer = load_tokenizer(folder / "policy")
     generator = Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer))
-    assert generator.native == (sampling.backend is not RolloutBackend.hf), generator.reason
+    assert generator.native == (sampling.backend is not RolloutBackend.hf), generator.backend.description
     return generator.generate(prompts, **options)
 
 
@@ -131,12 +131,12 @@ def stop_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryCon
         vocab_limit=len(tokenizer),
     )
     generator.generate(prompts)
-    kept = generator.arena.nbytes
+    kept = generator.backend.arena.nbytes
     try:
         with generator.generation_mode():
             raise KeyError
     except KeyError:
-        left = generator.arena.nbytes
+        left = generator.backend.arena.nbytes
     again = tokens(generator.generate(prompts))
     ended = [None if rollout.ended is None else rollout.ended.tolist() for rollout in stopped]
     return {

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from loops import gae_loop, poisoned, random_like, right_padded_masks
 from torch import Tensor
 
-from rlhf.functional.advantages import gae, group_normalized, leave_one_out, rewards_to_go
+from rlhf.functional.advantages import gae, group_normalized, importance_weights, leave_one_out, rewards_to_go
 
 rates = st.floats(0.0, 1.0)
 
@@ -99,3 +99,11 @@ def test_rewards_to_go_against_the_explicit_sum(mask: Tensor, seed: int, gamma: 
         expected = [sum(gamma ** (k - t) * values[k] for k in range(t, length)) for t in range(length)]
         assert returns[row, :length].tolist() == pytest.approx(expected, abs=1e-9)
     assert torch.all(returns[~mask] == 0)
+
+
+def test_importance_weights_are_ratios_up_to_a_cap() -> None:
+    trained = torch.log(torch.tensor([[0.2, 0.6, 0.5], [0.1, 0.3, 0.9]]))
+    sampled = torch.log(torch.tensor([[0.4, 0.2, 0.5], [0.1, 0.0, 0.9]]))
+    mask = torch.tensor([[True, True, True], [True, False, True]])
+    weights = importance_weights(trained, sampled, mask, cap=2.0)
+    torch.testing.assert_close(weights, torch.tensor([[0.5, 2.0, 1.0], [1.0, 0.0, 1.0]]))

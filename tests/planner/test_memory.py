@@ -167,10 +167,14 @@ def test_what_there_is_room_for() -> None:
     assert estimate is not None
     assert (estimate.capacity, estimate.reserve, estimate.host_capacity) == (80 * GIB, 4.7 * GIB, 25 * GIB)
     exact = replace(estimate, capacity=estimate.states + estimate.reserve)
-    assert exact.fits(gather=False) and not exact.fits(gather=False, activations=0.01)
-    assert not replace(exact, gathered=1.0).fits(gather=True)
-    assert not replace(exact, capacity=(exact.capacity or 0.0) - 1).fits(gather=False)
-    assert replace(exact, capacity=None).fits(gather=True)
+    assert exact.fits() and exact.fits(ranks=1) and not exact.fits(activations=0.01)
+    copied = replace(exact, gathered=9.0, outer=1.0)
+    assert copied.fits() and not copied.fits(ranks=8)
+    assert copied.shared(8) == 2.0  # What stands outside the blocks is on every rank.
+    assert replace(copied, capacity=(exact.capacity or 0.0) + 2.0).fits(ranks=8)
+    assert not replace(copied, capacity=(exact.capacity or 0.0) + 2.0).fits(ranks=7)
+    assert not replace(exact, capacity=(exact.capacity or 0.0) - 1).fits()
+    assert replace(copied, capacity=None).fits(ranks=1)
     on_cpu = config(1)
     on_cpu = replace(on_cpu, hardware=replace(on_cpu.hardware, accelerator=Accelerator.cpu, gpu_memory_gib=None))
     on_host = stage_memory(on_cpu, SFTConfig())
@@ -207,6 +211,23 @@ def test_the_first_zero_stage_that_fits_is_chosen(share: float, expected: int) -
     assert choose_zero_stage(replace(two_machines, hardware=replace(two_machines.hardware, nodes=2))) == expected
 
 
+def test_adapters_and_packing_need_a_copy_of_the_policy_to_generate() -> None:
+    plain = config(1, gib=80.0)
+    adapted = replace(plain, lora=LoraConfig(rank=8))
+
+    def copied(config: Config) -> float:
+        estimate = stage_memory(config, PPOConfig())
+        assert estimate is not None
+        return estimate.gathered
+
+    assert copied(plain) == 0.0  # It generates from the weights as they are.
+    assert copied(replace(plain, memory=replace(plain.memory, zero_stage=3))) == 2 * LM
+    assert copied(adapted) > 2 * LM
+    assert copied(replace(adapted, rollout=RolloutConfig(backend=RolloutBackend.hf))) == 0.0
+    on_cpu = replace(plain.hardware, accelerator=Accelerator.cpu, gpu_memory_gib=None)
+    assert copied(replace(plain, hardware=on_cpu)) == 2 * LM
+
+
 def test_every_stage_of_a_pipeline_has_to_fit() -> None:
     sft = holding(8, 2 + 2 + 12 / 8)
     assert choose_zero_stage(replace(sft, stage=PipelineConfig())) == 3  # PPO holds four such models.
@@ -224,9 +245,10 @@ def test_what_does_not_fit_is_said_and_the_policy_is_gathered_only_if_it_does() 
     slow = replace(tight, rollout=RolloutConfig(backend=RolloutBackend.hf))
     assert rollout_ranks(slow) is None
     assert rollout_ranks(replace(slow, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) == 1
-    assert rollout_ranks(tight) == 8
-    roomier = replace(tight.hardware, gpu_memory_gib=(tight.hardware.gpu_memory_gib or 0.0) + 1.0)
-    assert rollout_ranks(replace(tight, hardware=roomier)) == 4
+    assert rollout_ranks(tight) is None
+    for more, ranks in ((1.0, 8), (2.0, 4)):
+        roomier = replace(tight.hardware, gpu_memory_gib=(tight.hardware.gpu_memory_gib or 0.0) + more)
+        assert rollout_ranks(replace(tight, hardware=roomier)) == ranks
     assert rollout_ranks(replace(tight, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) == 1
     first, second = rollout_problems(replace(tight, rollout=RolloutConfig(tensor_parallel=3)))
     assert first == "rollout.tensor_parallel=3: does not divide the 8 ranks of a machine"

@@ -33,7 +33,8 @@ from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
-from rlhf.rollout.native.loop import Batch, Decoding, Response
+from rlhf.rollout.native.loop import Batch, Decoding
+from rlhf.rollout.responses import Response
 
 SIZE, EOS, PAD = 97, 1, 2
 IDS: dict[str, Any] = {"vocab_size": SIZE, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}

@@ -1,6 +1,6 @@
 """A decoder's weights for generation: as they are, or copied with adapters merged, packed, or cut for several ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
@@ -262,6 +262,33 @@ def dense(module: Any) -> tuple[Tensor, Tensor | None]:
             merged = merged + module.scaling[name] * (up.float() @ down.float())
         weight = merged.to(weight.dtype)
     return weight, base.bias
+
+
+@torch.no_grad()
+def plain_weights(model: nn.Module, *, gather: Gather, own: bool) -> Iterator[tuple[str, Tensor]]:
+    """Every weight of the plain model that computes what this one does, by the names that transformers gives them.
+
+    Adapters that are on are merged; tied weights come under each of their names. One module is gathered after the
+    other: every rank must go through all of them. `own` gives copies, which stay after the next weight was asked for.
+    """
+    adapted: list[str] = []
+    for name, module in model.named_modules():
+        if any(name.startswith(f"{outer}.") for outer in adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted.append(name)
+            layer: Any = module
+            with gather(layer):
+                weight, bias = dense(layer)
+                found = {"weight": weight, "bias": bias}
+                yield from (
+                    (f"{name}.{part}", _kept(own_part, own)) for part, own_part in found.items() if own_part is not None
+                )
+        elif any(parameter is not None for parameter in module._parameters.values()):
+            with gather(module):
+                for part, parameter in module._parameters.items():
+                    if parameter is not None:
+                        yield f"{name}.{part}", _kept(parameter, own)
 
 
 def needs_copy(parts: DecoderParts) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf.functional.sampling import draw, penalise_repetition, restrict, stream_keys, stream_uniforms
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.responses import Response
 
 PREFILL_TOKENS = 4096  # At most in one piece, counted as if all were as long as the first; a longer prompt is alone.
 GPU_CHECK_EVERY = 8  # Tokens between two looks at what has finished: each look waits for the device.
@@ -46,19 +47,6 @@ class Decoding:
     def restricted(self) -> bool:
         """Whether a part of the distribution is left out."""
         return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Response:
-    """A response's tokens, its end included, the log-probability of each, and whether it ended before it had to.
-
-    Log-probabilities are those under the temperature, of the whole distribution and without penalties: what training
-    computes.
-    """
-
-    ids: Int[Tensor, " R"]
-    logprobs: Float[Tensor, " R"]
-    ended: bool
 
 
 @dataclass(slots=True)
@@ -117,7 +105,7 @@ class Batch:
         device, longest = decoder.weights.device, decoding.max_new_tokens
         # The longest first: what runs together then ends together, and little is padded.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
-        self.finished: dict[int, Response] = {}
+        self.finished: dict[int, tuple[Tensor, Tensor, bool]] = {}
         self.uniforms = stream_uniforms(stream_keys(streams, seed=decoding.seed), longest).to(device)
         size, vocabulary = min(slots or arena.slots, len(prompts)), decoder.weights.head.features
         integers = torch.zeros(size, dtype=torch.long, device=device)
@@ -150,7 +138,7 @@ class Batch:
                 self._retire()
         # What was made in inference mode could not take part in training.
         ordered = [self.finished[index] for index in range(len(self.prompts))]
-        return [Response(ids=own.ids.clone(), logprobs=own.logprobs.clone(), ended=own.ended) for own in ordered]
+        return [Response(ids=ids.clone(), logprobs=logprobs.clone(), ended=ended) for ids, logprobs, ended in ordered]
 
     def _room_is_worth_it(self) -> bool:
         """Prompts come in several at a time: one alone costs almost as much as a step of the whole batch."""
@@ -251,12 +239,9 @@ class Batch:
             if not done[slot] and cut is None:
                 continue
             length = min(length, cut or length)
-            ids = slots.ids[slot, :length].clone()
-            self.finished[slots.prompts[slot]] = Response(
-                ids=ids,
-                logprobs=slots.logprobs[slot, :length].clone(),
-                ended=cut is not None or int(ids[-1]) in self.decoding.stop_ids,
-            )
+            ids, logprobs = slots.ids[slot, :length].clone(), slots.logprobs[slot, :length].clone()
+            ended = cut is not None or int(ids[-1]) in self.decoding.stop_ids
+            self.finished[slots.prompts[slot]] = ids, logprobs, ended
             last = slots.count - 1
             if slot != last:
                 self.arena.move(last, slot, length=slots.lengths[last])

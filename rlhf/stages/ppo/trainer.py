@@ -15,6 +15,7 @@ from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.validate import raise_problems
 from rlhf.engine.distributed import all_reduce_sum, rank, world_size
 from rlhf.engine.update import Objective, StepResult, optimizer_step
+from rlhf.functional.advantages import importance_weights
 from rlhf.functional.kl import adaptive_kl_coef, kl_k1, kl_k2, per_sequence_kl
 from rlhf.functional.losses import PolicyLossStats, policy_loss, value_loss
 from rlhf.functional.masking import masked_moments, masked_sum, masked_whiten
@@ -132,6 +133,7 @@ class DeepSpeedPPOTrainer:
         in_reward = self.kl_coef if stage.kl_placement is KlPlacement.reward else 0.0
         rewards = token_rewards(scores, old_logprobs, ref_logprobs, rollout.response_mask, kl_coef=in_reward)
         advantages, returns = self._advantages(rewards, scores, rollout.response_mask, values)
+        advantages = self._corrected(advantages, rollout, old_logprobs)
         experience = Experience(
             sequence_ids=rollout.sequence_ids,
             prompt_mask=rollout.prompt_mask,
@@ -325,6 +327,16 @@ class DeepSpeedPPOTrainer:
             response_logprobs, engine, temperature=self.sampling.temperature, vocab_limit=self.engine.vocab_limit
         )
         return in_groups(compute, rollout, groups)
+
+    def _corrected(self, advantages: Tensor, rollout: Rollout, computed: Tensor) -> Tensor:
+        """Advantages of tokens that were drawn from a slightly other distribution than the one that is trained."""
+        cap = self.args.rollout.importance_cap
+        if cap is None or rollout.sampled_logprobs is None:
+            return advantages
+        mask = rollout.response_mask
+        weights = importance_weights(computed, rollout.sampled_logprobs, mask, cap=cap)
+        self.metrics.add("rollout/importance_weight", weights.sum(), mask.sum())
+        return advantages * weights
 
     def _check_parity(self, rollout: Rollout, computed: Tensor) -> None:
         """Hold the sampled tokens' log-probabilities against those of training, which are needed anyway."""

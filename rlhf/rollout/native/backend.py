@@ -1,0 +1,147 @@
+"""Native decoding with an engine's present weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import psutil
+import torch
+from jaxtyping import Int
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.batch import PromptBatch, Rollout
+from rlhf.config.errors import ConfigError
+from rlhf.engine.distributed import RankGroup, local_world_size
+from rlhf.engine.generation import is_partitioned, whole_parameters
+from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
+from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights, needs_copy
+from rlhf.rollout.native.arena import Arena, bytes_per_token
+from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.loop import Batch, Decoding
+from rlhf.rollout.responses import Response, answer_together
+from rlhf.rollout.sampling import Sampling, end_of_text
+
+ARENA_SHARE = 0.5  # Of the free memory, that the cache may take.
+KEPT_SHARE = 0.1  # Of the free memory, up to which the cache is kept between rollouts.
+
+
+class NativeBackend:
+    """Copies the weights where it must, and decodes in this process.
+
+    Args:
+        engine: whose weights generate.
+        tokenizer: gives PAD and the texts of tokens.
+        sampling: how tokens are drawn.
+        vocab_limit: ids from here on are never sampled.
+
+    Raises:
+        UnsupportedModelError: the model is not known, or a copy of it that is needed does not fit.
+        ConfigError: the ranks or the heads cannot be divided by `sampling.tensor_parallel`.
+    """
+
+    def __init__(
+        self, engine: Any, *, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, vocab_limit: int
+    ) -> None:
+        parts, ranks = decoder_parts(engine.module), sampling.tensor_parallel
+        if not sampling.gather and ranks == 1 and (is_partitioned(engine) or needs_copy(parts)):
+            raise UnsupportedModelError(
+                "a policy of which no copy fits beside the rest by the plan's estimate (rollout.gather=true makes one)"
+            )
+        if parts.shape.heads % ranks or parts.shape.kv_heads % ranks:
+            raise ConfigError(
+                f"rollout.tensor_parallel={ranks}: must divide the {parts.shape.heads} heads and the "
+                f"{parts.shape.kv_heads} heads of keys and values"
+            )
+        self.engine, self.tokenizer, self.sampling, self.vocab_limit = engine, tokenizer, sampling, vocab_limit
+        self.group = RankGroup(ranks) if ranks > 1 else None
+        self.arena = Arena()
+        shared = f"over {ranks} ranks each" if ranks > 1 else "on each rank"
+        gathered = ", gathered for each rollout" if is_partitioned(engine) else ""
+        self.description = f"native decoding ({parts.shape.layers} blocks {shared}{gathered})"
+        self._weights: DecoderWeights | None = None
+
+    @contextmanager
+    def mode(self) -> Iterator[DecoderWeights]:
+        """Within this context the weights are as they were when it began; its memory comes back."""
+        try:
+            self._weights = generation_weights(
+                decoder_parts(self.engine.module),
+                vocab_limit=self.vocab_limit,
+                rows=self.sampling.batch_size or 32,
+                gather=partial(whole_parameters, self.engine),
+                own=is_partitioned(self.engine),
+                share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
+            )
+            yield self._weights
+            self._keep_cache()
+        except BaseException:
+            self.arena.release()
+            raise
+        finally:
+            self._weights = None
+
+    def generate(self, prompts: PromptBatch, *, seed: int, streams: Int[Tensor, " B"]) -> Rollout:
+        """Answer prompts, within `mode`."""
+        pad_id = int(self.tokenizer.pad_token_id)
+        return answer_together(prompts, streams, partial(self._answer, seed=seed), group=self.group, pad_id=pad_id)
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.arena.release()
+
+    def _answer(self, rows: list[Int[Tensor, " _"]], streams: Int[Tensor, " n"], *, seed: int) -> list[Response]:
+        sampling, weights = self.sampling, self._weights
+        assert weights is not None, "generate is called within mode"
+        slots = self._make_room(weights, count=len(rows), length=max(map(len, rows)) + sampling.max_new_tokens)
+        decoding = Decoding(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            stop_ids=sampling.stop_ids,
+            stops=partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None,
+            min_new_tokens=sampling.min_new_tokens,
+            max_new_tokens=sampling.max_new_tokens,
+            seed=seed,
+        )
+        decoder = Decoder(weights=weights, reduce=self.group.add_up if self.group is not None else None)
+        agree = self.group.take_first if self.group is not None else None
+        return Batch(decoder, self.arena, rows, streams, decoding, slots=slots, agree=agree).run()
+
+    def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> int:
+        """Make the cache large enough, and return how many sequences are decoded together."""
+        each = length * bytes_per_token(weights)
+        free = free_bytes(weights.device) + self.arena.nbytes
+        room = int(free * ARENA_SHARE // each)
+        if self.group is not None:  # The group's ranks decode the same batch.
+            room = min(self.group.gather_objects(room))
+        if room < 1:
+            raise ConfigError(
+                f"the cache of keys and values of one sequence of {length} tokens takes {each / 2**20:.0f} MiB and "
+                f"{free / 2**20:.0f} MiB are free: lower rollout.max_new_tokens or data.max_prompt_length"
+            )
+        slots = min(count, self.sampling.batch_size or count, room)
+        self.arena.fit(weights, slots=slots, length=length)
+        return slots
+
+    def _keep_cache(self) -> None:
+        """Give the cache back if it is to be."""
+        release = self.sampling.release_cache
+        if release is None:
+            large = bool(self.arena.keys) and self.arena.nbytes > KEPT_SHARE * free_bytes(self.arena.keys[0].device)
+            # Ranks that share the weights keep the same.
+            release = any(self.group.gather_objects(large)) if self.group is not None else large
+        if release:
+            self.arena.release()
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take: of its GPU, or its share of the host's."""
+    if device.type == "cuda":
+        # What torch has reserved and not given out is free, too.
+        spare = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + spare
+    return int(psutil.virtual_memory().available) // local_world_size()
