@@ -58,8 +58,11 @@ def quality(model: str) -> str:
         ("PPO: tokens per answer", change("length")),
         ("PPO: answers that end with EOS", number("EOS rate after (%)", 0, " %")),
         ("PPO: KL per answer in nats (budget: 15)", number("KL per sequence")),
-        ("whole command, minutes", minutes),
     ]
+    answers = "perplexity of the answers under the SFT model"
+    if f"{answers} after" in next(iter(rows.values())):
+        lines.append(("PPO: the answers' perplexity under the SFT model", change(answers, 0)))
+    lines.append(("whole command, minutes", minutes))
     table = [f"| | {' | '.join(f'seed {seed}' for seed in rows)} |", "|---|" + "---:|" * len(rows)]
     table += [f"| {title} | {' | '.join(cell(row) for row in rows.values())} |" for title, cell in lines]
     met = [met for row in rows.values() for met in goals(row, model=model, kl_budget=15.0).values()]

