@@ -159,9 +159,9 @@ def mixed_facts(folder: Path, memory: MemoryConfig, role: Role, batch: SFTBatch)
     }
 
 
-def lengths(prompts: PromptBatch, rollout: Rollout) -> Tensor:
-    """A scorer of a user's own: long answers are good."""
-    return rollout.response_mask.sum(dim=1).float()
+def high_ids(prompts: PromptBatch, rollout: Rollout) -> Tensor:
+    """A scorer of a user's own: high ids are good."""
+    return (rollout.response_ids * rollout.response_mask).sum(dim=1).float() / 100
 
 
 def discounted(signals: Signals) -> tuple[Tensor, Tensor]:
@@ -184,7 +184,7 @@ def variant_facts(
         num_total_iters=stage.num_steps,
         args=config,
     )
-    given: dict[str, Callable[..., Any]] = {"scorer": lengths, "advantage": discounted} if own else {}
+    given: dict[str, Callable[..., Any]] = {"scorer": high_ids, "advantage": discounted} if own else {}
     texts = iter(lambda: share_of(batch).rows(slice(0, stage.ptx_batch_size // world_size())), None)
     trainer = DeepSpeedPPOTrainer(engine=engine, args=config, pretraining=texts, **given)
     seed_everything(11 + rank())
@@ -206,7 +206,7 @@ def variant_facts(
         "norms": metrics.get("ptx/policy_grad_norm", 0.0) / metrics.get("ptx/grad_norm", 1.0),
         "direct": float(engine.actor.module.get_output_embeddings().direct),
         "averaged": float(engine.average.steps) if engine.average is not None else 0.0,
-        "score_error": float((experience.scores - lengths(prompts, experience.rollout)).abs().max()) if own else 0.0,
+        "score_error": float((experience.scores - high_ids(prompts, experience.rollout)).abs().max()) if own else 0.0,
     }
 
 
