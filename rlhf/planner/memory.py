@@ -143,6 +143,8 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
 def _generates_from_a_copy(config: Config, actor: Role) -> bool:
     if config.memory.of_role(actor.name, trained=True).zero_stage == 3:
         return True
+    if config.rollout.backend is RolloutBackend.vllm:
+        return True
     if config.rollout.backend is RolloutBackend.hf:
         return False  # It generates with the weights and the adapters as they are.
     packed = config.hardware.accelerator is Accelerator.cpu and config.memory.precision is Precision.bf16

@@ -22,7 +22,7 @@ def compare(
     sums = torch.stack([masked_sum(differences, mask), mask.sum().float()])
     metrics.add("rollout/logprob_difference", sums[0], sums[1])
     metrics.maximum("rollout/largest_logprob_difference", differences.max())
-    total, count = all_reduce_sum(sums.clone()).tolist()
+    total, count = all_reduce_sum(sums).tolist()
     return float(total / max(count, 1.0))
 
 

@@ -50,10 +50,14 @@ class Sampling:
         return self.gather and self.tensor_parallel == 1
 
     @property
+    def restricted(self) -> bool:
+        """Whether a part of the distribution is left out."""
+        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
+
+    @property
     def unbiased(self) -> bool:
         """Whether tokens are drawn from the whole distribution as it is."""
-        drawn = (self.top_p, self.top_k, self.min_p, self.repetition_penalty, self.min_new_tokens)
-        return drawn == (1.0, 0, 0.0, 1.0, 0)
+        return not self.restricted and self.repetition_penalty == 1.0 and self.min_new_tokens == 0
 
 
 def end_of_text(tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], ids: list[int]) -> int | None:

@@ -1,10 +1,7 @@
 """Miniature models on disk, and one start of the real launcher per number of ranks, shared by all tests here."""
 
 import json
-import os
-import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +9,7 @@ import pytest
 import torch
 from miniature import launch as start
 from miniature import miniature
+from ranks import run_ranks
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
@@ -69,27 +67,8 @@ def make_other_reward_model(folder: Path, words: list[str], sizes: dict[str, Any
 
 
 def launch(folder: Path, *, ranks: int) -> dict[str, Any]:
-    """Run the worker on so many CPU ranks and return the facts that it wrote."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
-    done = subprocess.run(
-        [*runner, "--master_port", str(port), str(WORKER), str(folder)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    """Run the worker on so many ranks and return its facts."""
+    run_ranks(WORKER, str(folder), ranks=ranks, timeout=300)
     facts: dict[str, Any] = json.loads((folder / f"facts-{ranks}.json").read_text())
     return facts
 

@@ -1,5 +1,6 @@
 """Further facts that `worker.py` collects on each rank: what generates, under each ZeRO stage, adapted or not."""
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -7,12 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from rlhf.batch import PromptBatch, Rollout
-from rlhf.config.choices import RolloutBackend
+from rlhf.config.choices import Mismatch, RolloutBackend
+from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.roles import Role
-from rlhf.config.schema import MemoryConfig, Precision
+from rlhf.config.schema import Config, MemoryConfig, Precision
 from rlhf.engine.build import build_engine, partitioned_loading
-from rlhf.engine.distributed import all_reduce_sum, rank, world_size
+from rlhf.engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from rlhf.engine.generation import whole_parameters
 from rlhf.models.load import load_causal_lm
 from rlhf.models.lora import AdaptersOff, add_adapters
@@ -173,6 +176,34 @@ def parallel_facts(
     }
 
 
+def gate_facts(folder: Path, prompts: PromptBatch, config: Config) -> dict[str, float]:
+    """What PPO does if generation and training disagree by more than a tolerance that nothing could meet."""
+    tokenizer = load_tokenizer(folder / "policy")
+    engine = DeepSpeedRLHFEngine(
+        actor_model_name_or_path=str(folder / "policy"),
+        critic_model_name_or_path=str(folder / "reward"),
+        tokenizer=tokenizer,
+        num_total_iters=4,
+        args=config,
+    )
+    facts = {}
+    for action in Mismatch:
+        rollout = replace(config.rollout, mismatch=action, mismatch_tolerance=1e-12, importance_cap=2.0)
+        trainer = DeepSpeedPPOTrainer(engine=engine, args=replace(config, rollout=rollout))
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            try:
+                trainer.generate_experience(prompts)
+            except StoppedError as error:
+                facts["stopped"] = float("rollout.mismatch_tolerance" in str(error) and action is Mismatch.stop)
+                continue
+        facts[f"{action.value}_said"] = float(any("mismatch_tolerance" in str(each.message) for each in warned))
+        facts[f"{action.value}_native"] = float(trainer.generator.native)
+        metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
+        facts["weight_error"] = abs(metrics["rollout/importance_weight"] - 1.0)
+    return facts
+
+
 def layerwise_facts(folder: Path, prompts: PromptBatch, role: Role) -> dict[str, float]:
     """Greedy answers under ZeRO-3, gathered whole and layer by layer, with unequal numbers of prompts on the ranks."""
     engine = plain_engine(folder, MemoryConfig(zero_stage=3, precision=Precision.fp32), role)
@@ -181,14 +212,25 @@ def layerwise_facts(folder: Path, prompts: PromptBatch, role: Role) -> dict[str,
     whole, layerwise = (answers(engine, prompts, folder, replace(slow, gather=gather)) for gather in (True, False))
     # Native decoding is not chosen for a policy that does not fit whole, and its ranks need not keep in step.
     uneven = answers(engine, prompts, folder, GREEDY)
+    tokenizer = load_tokenizer(folder / "policy")
+    options: dict[str, Any] = {"engine": engine, "tokenizer": tokenizer, "vocab_limit": len(tokenizer)}
+    too_large = replace(GREEDY, gather=False)
+    refused = ""
+    try:
+        Generator(sampling=replace(too_large, backend=RolloutBackend.native), **options)
+    except ConfigError as error:
+        refused = str(error)
     return {
+        "falls_back": float(not Generator(sampling=too_large, **options).native),
+        "refused": float("rollout.gather=true makes one" in refused),
         "same": float(tokens(whole) == tokens(layerwise) == tokens(uneven)),
         "tokens": float(whole.response_mask.sum()),
     }
 
 
-def collect(folder: Path, memory: MemoryConfig, prompts: PromptBatch, role: Role) -> dict[str, Any]:
-    """All facts."""
+def collect(folder: Path, config: Config, prompts: PromptBatch, role: Role) -> dict[str, Any]:
+    """All facts; `config` is that of a small PPO run."""
+    memory = config.memory
     role = replace(role, micro_batch_size_per_gpu=1)
     facts: dict[str, Any] = {"layerwise": layerwise_facts(folder, prompts, role)}
     for stage in (0, 1, 2, 3):
@@ -200,6 +242,7 @@ def collect(folder: Path, memory: MemoryConfig, prompts: PromptBatch, role: Role
         facts[f"parallel_zero{stage}{'_lora' if adapted else ''}"] = parallel_facts(
             folder, prompts, role, replace(memory, zero_stage=stage), adapted=adapted
         )
+    facts["gate"] = gate_facts(folder, prompts, config)
     facts["stops"] = stop_facts(folder, prompts, role, replace(memory, zero_stage=3))
     for stage in (1, 3):
         facts[f"neighbours_zero{stage}"] = neighbour_facts(folder, prompts, role, replace(memory, zero_stage=stage))

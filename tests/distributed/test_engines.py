@@ -103,6 +103,8 @@ def test_merged_models_and_adapters_compute_what_training_did(two_ranks: dict[st
 def test_layer_by_layer_generation_gives_the_same_answers(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["layerwise"]["tokens"] > 10
     assert two_ranks["layerwise"]["same"] == 1.0
+    assert two_ranks["layerwise"]["falls_back"] == 1.0
+    assert two_ranks["layerwise"]["refused"] == 1.0
 
 
 @pytest.mark.parametrize("adapted", [False, True])
@@ -124,6 +126,14 @@ def test_ranks_that_share_the_weights_give_the_same_tokens(two_ranks: dict[str, 
     assert facts["tokens"] > 10
     assert facts["same"] == 1.0
     assert facts["logprob_error"] < 1e-5
+
+
+def test_generation_that_disagrees_with_training_is_reported_replaced_or_ends_the_run(
+    two_ranks: dict[str, Any],
+) -> None:
+    facts = dict(two_ranks["gate"])
+    assert facts.pop("weight_error") < 1e-5
+    assert facts == {"warn_said": 1.0, "warn_native": 1.0, "hf_said": 1.0, "hf_native": 0.0, "stopped": 1.0}
 
 
 def test_texts_end_responses_and_the_cache_is_given_back(two_ranks: dict[str, Any]) -> None:

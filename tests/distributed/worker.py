@@ -348,7 +348,7 @@ def facts_of_several_ranks(folder: Path, plain: MemoryConfig, reference: dict[st
     tokenizer = load_tokenizer(folder / "policy")
     role = Role(name="model", optimizer=STEADY, batch_size=8, micro_batch_size_per_gpu=2)
     batch = fixed_batch(len(tokenizer), tokenizer.pad_token_id)
-    facts |= generation.collect(folder, plain, prompts_for(tokenizer), role)
+    facts |= generation.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), role)
     return facts | variants.collect(folder, ppo_config(memory=plain), prompts_for(tokenizer), batch, role)
 
 

@@ -33,8 +33,9 @@ from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
-from rlhf.rollout.native.loop import Batch, Decoding
+from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response
+from rlhf.rollout.sampling import Sampling
 
 SIZE, EOS, PAD = 97, 1, 2
 IDS: dict[str, Any] = {"vocab_size": SIZE, "bos_token_id": 0, "eos_token_id": EOS, "pad_token_id": PAD}
@@ -102,6 +103,9 @@ def decoded(
     streams: torch.Tensor | None = None,
     own: bool = True,
     cache: torch.dtype | None = None,
+    seed: int = 0,
+    stops: Any = None,
+    check_every: int = 1,
     **options: Any,
 ) -> list[Response]:
     """Native responses."""
@@ -110,7 +114,9 @@ def decoded(
     settings = {"temperature": 0.0, "stop_ids": (EOS,), "max_new_tokens": 40} | options
     arena.fit(weights, slots=slots, length=max(map(len, rows)) + settings["max_new_tokens"], dtype=cache)
     numbers = torch.arange(len(rows)) if streams is None else streams
-    return Batch(Decoder(weights=weights), arena, rows, numbers, Decoding(**settings)).run()
+    batch = Batch(Decoder(weights=weights), arena, rows, numbers, Sampling(**settings), seed=seed, stops=stops)
+    batch.check_every = check_every
+    return batch.run()
 
 
 def expected(model: Any, rows: list[torch.Tensor], **options: Any) -> list[list[int]]:
@@ -248,7 +254,7 @@ def test_a_rollout_in_a_larger_cache_is_the_same() -> None:
     weights = weights_of(model)
     arena = Arena()
     arena.fit(weights, slots=20, length=110)
-    settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+    settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
     again = [Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run() for _ in range(2)]
     assert tokens(again[0]) == tokens(again[1]) == tokens(decoded(model, rows))
 
@@ -258,35 +264,21 @@ def test_ids_beyond_the_tokenizer_are_never_drawn() -> None:
     weights = weights_of(model, vocab_limit=40)
     arena = Arena()
     arena.fit(weights, slots=8, length=60)
-    settings = Decoding(temperature=3.0, stop_ids=(EOS,), max_new_tokens=30)
+    settings = Sampling(temperature=3.0, stop_ids=(EOS,), max_new_tokens=30)
     drawn = Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()
     assert max(max(row) for row in tokens(drawn)) < 40
 
 
-def test_looking_seldom_at_what_has_ended_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_looking_seldom_at_what_has_ended_changes_nothing() -> None:
     """As on a GPU, where each look waits for the device."""
     for name, options in (("llama", {}), ("opt", {"repetition_penalty": 1.3, "min_new_tokens": 5})):
         model, rows = model_of(name), prompts()
         wanted = decoded(model, rows, temperature=1.0, slots=3, **options)
-        with monkeypatch.context() as patched:
-            patched.setattr(Batch, "_retire", retire_after(8))
-            found = decoded(model, rows, temperature=1.0, slots=3, **options)
+        found = decoded(model, rows, temperature=1.0, slots=3, check_every=8, **options)
         assert tokens(found) == tokens(wanted)
         for own, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
             assert own.ended == other.ended
-
-
-def retire_after(steps: int) -> Any:
-    """What takes sequences out of the batch at every eighth call only, or when all of them have ended."""
-    retire, calls = Batch._retire, [0]
-
-    def seldom(batch: Batch) -> None:
-        calls[0] += 1
-        if calls[0] % steps == 0 or bool(batch.slots.done[: batch.slots.count].all()):
-            retire(batch)
-
-    return seldom
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -308,7 +300,7 @@ def test_ranks_that_share_the_weights_compute_the_whole(name: str) -> None:
         )
         arena = Arena()
         arena.fit(weights, slots=8, length=70)
-        settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+        settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
         found[index] = Batch(Decoder(weights=weights, reduce=add_up), arena, rows, torch.arange(8), settings).run()
 
     with ThreadPoolExecutor(2) as pool:
@@ -328,7 +320,7 @@ def test_what_a_broken_sequence_leaves_in_the_cache_does_no_harm() -> None:
     arena.fit(weights, slots=8, length=70)
     for kept in (*arena.keys, *arena.values):
         kept.fill_(torch.nan)
-    settings = Decoding(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+    settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
     assert tokens(Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()) == tokens(
         decoded(model, rows)
     )

@@ -31,7 +31,6 @@ class Shape:
         norm_after: norms stand behind attention and MLP instead of before them (OPT-350M).
         per_head: rows of the joint projection are ordered head by head: q, k, v of the first head, then of the second.
         position_offset: added to a position before its embedding is looked up.
-        max_positions: longest sequence; None without a limit.
     """
 
     layers: int
@@ -48,7 +47,6 @@ class Shape:
     norm_after: bool = False
     per_head: bool = False
     position_offset: int = 0
-    max_positions: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +151,6 @@ def _opt(model: Any) -> DecoderParts:
         scale=head_dim**-0.5,
         norm_after=not config.do_layer_norm_before,
         position_offset=decoder.embed_positions.offset,
-        max_positions=config.max_position_embeddings,
     )
     return DecoderParts(
         shape=shape,
@@ -196,7 +193,6 @@ def _llama(model: Any) -> DecoderParts:
         gated=True,
         rotary=rotary,
         rotary_scale=rotary_scale,
-        max_positions=config.max_position_embeddings,
     )
     return DecoderParts(
         shape=shape,
@@ -207,20 +203,22 @@ def _llama(model: Any) -> DecoderParts:
     )
 
 
+def _joint(layer: Any, attention: Any) -> LayerParts:
+    """A block with one joint projection of queries, keys and values."""
+    return LayerParts(
+        module=layer,
+        attention_norm=layer.input_layernorm,
+        qkv=(attention.query_key_value,),
+        out=attention.dense,
+        mlp_norm=layer.post_attention_layernorm,
+        up=(layer.mlp.dense_h_to_4h,),
+        down=layer.mlp.dense_4h_to_h,
+    )
+
+
 def _gpt_neox(model: Any) -> DecoderParts:
     config, decoder = model.config, model.gpt_neox
-    layers = tuple(
-        LayerParts(
-            module=layer,
-            attention_norm=layer.input_layernorm,
-            qkv=(layer.attention.query_key_value,),
-            out=layer.attention.dense,
-            mlp_norm=layer.post_attention_layernorm,
-            up=(layer.mlp.dense_h_to_4h,),
-            down=layer.mlp.dense_4h_to_h,
-        )
-        for layer in decoder.layers
-    )
+    layers = tuple(_joint(layer, layer.attention) for layer in decoder.layers)
     head_dim = config.hidden_size // config.num_attention_heads
     rotary, rotary_scale = _rotary(decoder.rotary_emb)
     shape = Shape(
@@ -234,7 +232,6 @@ def _gpt_neox(model: Any) -> DecoderParts:
         rotary_scale=rotary_scale,
         parallel=config.use_parallel_residual,
         per_head=True,
-        max_positions=config.max_position_embeddings,
     )
     return DecoderParts(
         shape=shape,
@@ -251,18 +248,7 @@ def _bloom(model: Any) -> DecoderParts:
         raise UnsupportedModelError("Bloom whose residual is taken behind the norm")
     if config.pretraining_tp > 1 and config.slow_but_exact:
         raise UnsupportedModelError("Bloom with slow_but_exact")
-    layers = tuple(
-        LayerParts(
-            module=layer,
-            attention_norm=layer.input_layernorm,
-            qkv=(layer.self_attention.query_key_value,),
-            out=layer.self_attention.dense,
-            mlp_norm=layer.post_attention_layernorm,
-            up=(layer.mlp.dense_h_to_4h,),
-            down=layer.mlp.dense_4h_to_h,
-        )
-        for layer in decoder.h
-    )
+    layers = tuple(_joint(layer, layer.self_attention) for layer in decoder.h)
     head_dim = config.hidden_size // config.n_head
     shape = Shape(
         layers=len(layers),

@@ -33,7 +33,7 @@ class Share:
 
 
 class Projection:
-    """x W^T + b. On a CPU a bf16 weight is packed as oneDNN likes it, which makes small batches up to twice as fast."""
+    """x W^T + b. On a CPU a bf16 weight is packed as oneDNN likes it, which is faster for small batches."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
         self.features = weight.shape[0]
@@ -129,6 +129,16 @@ class DecoderWeights:
     layers: tuple[LayerWeights, ...]
 
     @property
+    def heads(self) -> int:
+        """The heads of queries that this process computes."""
+        return self.shape.heads // self.share.ranks
+
+    @property
+    def kv_heads(self) -> int:
+        """The heads of keys and values that this process computes."""
+        return self.shape.kv_heads // self.share.ranks
+
+    @property
     def dtype(self) -> torch.dtype:
         """The format of the arithmetic."""
         return self.embedding.dtype
@@ -152,11 +162,10 @@ def generation_weights(
         gather: a context in which a module's parameters are whole; entered for one block after the other.
         own: copy the weights, as those need that are whole within `gather` only; otherwise those that neither adapters
             nor packing change are the model's own.
-        share: what of the heads and the MLPs this process computes, in a copy; all if not given.
+        share: what of the heads, which the ranks divide, and of the MLPs this process computes, in a copy; all if not
+            given.
     """
     share = share or Share()
-    if parts.shape.heads % share.ranks or parts.shape.kv_heads % share.ranks:
-        raise UnsupportedModelError(f"{parts.shape.kv_heads} heads of keys and values over {share.ranks} ranks")
     reader = _Reader(shape=parts.shape, share=share, rows=rows, own=own or share.ranks > 1)
     layers = []
     for layer in parts.layers:

@@ -10,7 +10,7 @@ class Arena:
     """Keys and values of every layer [slots, kv_heads, length, head_dim], reused from rollout to rollout.
 
     On a CPU a bf16 model's keys and values are kept in fp32 (their values are still those of bf16): attention with a
-    few queries is then a third faster, because small products of bf16 matrices are converted first.
+    few queries is then faster, because small products of bf16 matrices are converted first.
     """
 
     def __init__(self) -> None:
@@ -21,7 +21,7 @@ class Arena:
     def fit(self, weights: DecoderWeights, *, slots: int, length: int, dtype: torch.dtype | None = None) -> None:
         """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
         dtype = dtype or cache_dtype(weights)
-        shape = (slots, weights.shape.kv_heads // weights.share.ranks, length, weights.shape.head_dim)
+        shape = (slots, weights.kv_heads, length, weights.shape.head_dim)
         old = self.keys[0] if self.keys else None
         if (
             old is not None
@@ -65,5 +65,5 @@ def cache_dtype(weights: DecoderWeights) -> torch.dtype:
 def bytes_per_token(weights: DecoderWeights) -> int:
     """Memory of one token's keys and values."""
     shape = weights.shape
-    each = shape.layers * (shape.kv_heads // weights.share.ranks) * shape.head_dim
+    each = shape.layers * weights.kv_heads * shape.head_dim
     return 2 * each * torch.finfo(cache_dtype(weights)).bits // 8

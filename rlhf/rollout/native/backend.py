@@ -19,7 +19,7 @@ from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights, needs_copy
 from rlhf.rollout.native.arena import Arena, bytes_per_token
 from rlhf.rollout.native.forward import Decoder
-from rlhf.rollout.native.loop import Batch, Decoding
+from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response, answer_together
 from rlhf.rollout.sampling import Sampling, end_of_text
 
@@ -95,21 +95,11 @@ class NativeBackend:
         sampling, weights = self.sampling, self._weights
         assert weights is not None, "generate is called within mode"
         slots = self._make_room(weights, count=len(rows), length=max(map(len, rows)) + sampling.max_new_tokens)
-        decoding = Decoding(
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            min_p=sampling.min_p,
-            repetition_penalty=sampling.repetition_penalty,
-            stop_ids=sampling.stop_ids,
-            stops=partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None,
-            min_new_tokens=sampling.min_new_tokens,
-            max_new_tokens=sampling.max_new_tokens,
-            seed=seed,
-        )
+        stops = partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None
         decoder = Decoder(weights=weights, reduce=self.group.add_up if self.group is not None else None)
         agree = self.group.take_first if self.group is not None else None
-        return Batch(decoder, self.arena, rows, streams, decoding, slots=slots, agree=agree).run()
+        batch = Batch(decoder, self.arena, rows, streams, sampling, seed=seed, stops=stops, slots=slots, agree=agree)
+        return batch.run()
 
     def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> int:
         """Make the cache large enough, and return how many sequences are decoded together."""

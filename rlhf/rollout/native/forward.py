@@ -68,7 +68,7 @@ class Decoder:
         `length` is above all positions.
         """
         shape, count = self.weights.shape, len(ids)
-        kv_heads = shape.kv_heads // self.weights.share.ranks
+        kv_heads = self.weights.kv_heads
         heads = torch.arange(count * kv_heads, device=ids.device)
         places = heads * arena.length + positions.repeat_interleave(kv_heads)
         reached = torch.arange(length, device=ids.device) <= positions.view(count, 1, 1, 1)
@@ -127,8 +127,7 @@ class Decoder:
     def _mixed(
         self, index: int, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend: Attend
     ) -> Tensor:
-        shape, ranks = self.weights.shape, self.weights.share.ranks
-        heads, kv_heads = shape.heads // ranks, shape.kv_heads // ranks
+        shape, heads, kv_heads = self.weights.shape, self.weights.heads, self.weights.kv_heads
         joint = layer.qkv(x).view(len(x), heads + 2 * kv_heads, shape.head_dim)
         if layer.query_norm is None and turns is not None:
             turned = _turned(joint[:, : heads + kv_heads], turns)

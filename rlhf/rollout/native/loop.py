@@ -11,42 +11,10 @@ from rlhf.functional.sampling import draw, penalise_repetition, restrict, stream
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
 from rlhf.rollout.responses import Response
+from rlhf.rollout.sampling import Sampling
 
 PREFILL_TOKENS = 4096  # At most in one piece, counted as if all were as long as the first; a longer prompt is alone.
 GPU_CHECK_EVERY = 8  # Tokens between two looks at what has finished: each look waits for the device.
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Decoding:
-    """How tokens are chosen and where a response ends.
-
-    Attributes:
-        temperature: logits are divided by it; 0 takes the likeliest token.
-        top_k, top_p, min_p: what of the distribution is left; 0, 1 and 0 leave all of it.
-        repetition_penalty: on tokens of the prompt and the response; 1 for none.
-        stop_ids: tokens that end a response and belong to it.
-        stops: from the tokens so far to how many of them the response has if it ends there, else None; for texts that
-            end a response.
-        min_new_tokens: no stop token is chosen before.
-        max_new_tokens: longest response.
-        seed: of the streams of random numbers.
-    """
-
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-    stops: Callable[[list[int]], int | None] | None = None
-    min_new_tokens: int = 0
-    max_new_tokens: int
-    seed: int = 0
-
-    @property
-    def restricted(self) -> bool:
-        """Whether a part of the distribution is left out."""
-        return self.top_k > 0 or self.top_p < 1.0 or self.min_p > 0.0
 
 
 @dataclass(slots=True)
@@ -85,7 +53,9 @@ class Batch:
         arena: the cache; its slots bound the batch.
         prompts: token ids of each, without padding.
         streams: the number of each prompt's stream of random numbers.
-        decoding: how tokens are chosen.
+        sampling: how tokens are chosen and where a response ends.
+        seed: of the streams of random numbers.
+        stops: from the tokens so far to how many of them the response has if it ends there, else None.
         slots: sequences that are decoded together at most; as many as the cache has slots if not given.
         agree: makes sampled tokens equal on ranks that decode the same prompts together; None without such.
     """
@@ -96,17 +66,20 @@ class Batch:
         arena: Arena,
         prompts: Sequence[Int[Tensor, " _"]],
         streams: Int[Tensor, " n"],
-        decoding: Decoding,
+        sampling: Sampling,
         *,
+        seed: int = 0,
+        stops: Callable[[list[int]], int | None] | None = None,
         slots: int | None = None,
         agree: Callable[[Tensor], None] | None = None,
     ) -> None:
-        self.decoder, self.arena, self.prompts, self.decoding, self.agree = decoder, arena, prompts, decoding, agree
-        device, longest = decoder.weights.device, decoding.max_new_tokens
+        self.decoder, self.arena, self.prompts, self.sampling = decoder, arena, prompts, sampling
+        self.stops, self.agree = stops, agree
+        device, longest = decoder.weights.device, sampling.max_new_tokens
         # The longest first: what runs together then ends together, and little is padded.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
         self.finished: dict[int, tuple[Tensor, Tensor, bool]] = {}
-        self.uniforms = stream_uniforms(stream_keys(streams, seed=decoding.seed), longest).to(device)
+        self.uniforms = stream_uniforms(stream_keys(streams, seed=seed), longest).to(device)
         size, vocabulary = min(slots or arena.slots, len(prompts)), decoder.weights.head.features
         integers = torch.zeros(size, dtype=torch.long, device=device)
         self.slots = _Slots(
@@ -118,11 +91,11 @@ class Batch:
             ids=torch.zeros(size, longest, dtype=torch.long, device=device),
             logprobs=torch.zeros(size, longest, device=device),
             seen=torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
-            if decoding.repetition_penalty != 1.0
+            if sampling.repetition_penalty != 1.0
             else None,
         )
         self.size = size
-        known = [stop_id for stop_id in decoding.stop_ids if stop_id < vocabulary]
+        known = [stop_id for stop_id in sampling.stop_ids if stop_id < vocabulary]
         self.stop_ids = torch.tensor(known, dtype=torch.long, device=device)
         self.check_every = 1 if device.type == "cpu" else GPU_CHECK_EVERY
 
@@ -148,7 +121,7 @@ class Batch:
     def _most_steps_left(self) -> int:
         slots = self.slots
         done = [slots.lengths[slot] - len(self.prompts[slots.prompts[slot]]) for slot in range(slots.count)]
-        return self.decoding.max_new_tokens - min(done)
+        return self.sampling.max_new_tokens - min(done)
 
     def _admit(self) -> None:
         """Run waiting prompts, as many as there is room for, and choose the first token of each response."""
@@ -183,10 +156,10 @@ class Batch:
 
     def _choose(self, logits: Float[Tensor, "n V"], where: slice) -> None:
         """Choose and note the next token of some slots."""
-        slots, decoding = self.slots, self.decoding
+        slots, sampling = self.slots, self.sampling
         steps = slots.steps[where]
-        if decoding.temperature not in (0.0, 1.0):
-            logits = logits / decoding.temperature
+        if sampling.temperature not in (0.0, 1.0):
+            logits = logits / sampling.temperature
         ids, logprobs = self._chosen(logits, where, steps)
         if self.agree is not None:
             drawn = torch.stack([ids.double(), logprobs.double()])
@@ -194,11 +167,11 @@ class Batch:
             ids, logprobs = drawn[0].long(), drawn[1].float()
         rows = torch.arange(where.start, where.stop, device=ids.device)
         # A sequence that has ended but was not seen to writes on behind its end, where nothing is read.
-        place = steps.clamp(max=decoding.max_new_tokens - 1)
+        place = steps.clamp(max=sampling.max_new_tokens - 1)
         slots.ids[rows, place] = torch.where(slots.done[where], slots.ids[rows, place], ids)
         slots.logprobs[rows, place] = torch.where(slots.done[where], slots.logprobs[rows, place], logprobs)
         slots.steps[where] += (~slots.done[where]).long()
-        slots.done[where] |= torch.isin(ids, self.stop_ids) | (slots.steps[where] >= decoding.max_new_tokens)
+        slots.done[where] |= torch.isin(ids, self.stop_ids) | (slots.steps[where] >= sampling.max_new_tokens)
         slots.tokens[where] = ids
         slots.positions[where] = (slots.positions[where] + 1).clamp(max=self.arena.length - 1)
         for slot in range(where.start, where.stop):
@@ -209,20 +182,20 @@ class Batch:
     def _chosen(
         self, logits: Float[Tensor, "n V"], where: slice, steps: Int[Tensor, " n"]
     ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
-        slots, decoding = self.slots, self.decoding
+        slots, sampling = self.slots, self.sampling
         allowed = logits
         if slots.seen is not None:
-            allowed = penalise_repetition(allowed, slots.seen[where], penalty=decoding.repetition_penalty)
-        if decoding.min_new_tokens:
-            early = (steps < decoding.min_new_tokens).unsqueeze(1)
+            allowed = penalise_repetition(allowed, slots.seen[where], penalty=sampling.repetition_penalty)
+        if sampling.min_new_tokens:
+            early = (steps < sampling.min_new_tokens).unsqueeze(1)
             allowed = allowed.clone()
             allowed[:, self.stop_ids] = allowed[:, self.stop_ids].masked_fill(early, -torch.inf)
-        if decoding.temperature == 0.0:
+        if sampling.temperature == 0.0:
             ids = allowed.argmax(dim=1)
         else:
-            if decoding.restricted:
-                allowed = restrict(allowed, top_k=decoding.top_k, top_p=decoding.top_p, min_p=decoding.min_p)
-            uniforms = slots.uniforms[where].gather(1, steps.clamp(max=decoding.max_new_tokens - 1).unsqueeze(1))
+            if sampling.restricted:
+                allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
+            uniforms = slots.uniforms[where].gather(1, steps.clamp(max=sampling.max_new_tokens - 1).unsqueeze(1))
             ids, logprobs = draw(allowed, uniforms.squeeze(1))
             if allowed is logits:
                 return ids, logprobs
@@ -234,13 +207,13 @@ class Batch:
         done, steps = slots.done[:count].tolist(), slots.steps[:count].tolist()
         for slot in reversed(range(count)):
             length, cut = steps[slot], None
-            if self.decoding.stops is not None:
-                cut = self.decoding.stops(slots.ids[slot, :length].tolist())
+            if self.stops is not None:
+                cut = self.stops(slots.ids[slot, :length].tolist())
             if not done[slot] and cut is None:
                 continue
             length = min(length, cut or length)
             ids, logprobs = slots.ids[slot, :length].clone(), slots.logprobs[slot, :length].clone()
-            ended = cut is not None or int(ids[-1]) in self.decoding.stop_ids
+            ended = cut is not None or int(ids[-1]) in self.sampling.stop_ids
             self.finished[slots.prompts[slot]] = ids, logprobs, ended
             last = slots.count - 1
             if slot != last:

@@ -1,6 +1,7 @@
 """Experience and updates of PPO."""
 
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
@@ -354,6 +355,8 @@ class DeepSpeedPPOTrainer:
             found = f"{found}; transformers generates from now on (rollout.mismatch=hf)"
         if self._recorder is not None:
             self._recorder.line(f"warning: {found}")
+        else:
+            warnings.warn(found, stacklevel=2)
 
     def _record_rollout(self, experience: Experience, ended: Tensor) -> None:
         mask, rows = experience.response_mask, len(experience)

@@ -1,0 +1,77 @@
+"""How responses are drawn: options that cannot be met are named before anything is trained."""
+
+import importlib.metadata
+from dataclasses import replace
+
+import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.config.errors import ConfigError
+from rlhf.config.schema import Config, DataConfig, RolloutConfig
+from rlhf.planner.memory import rollout_problems
+from rlhf.rollout.vllm import check_installed
+from rlhf.stages.ppo.config import PPOConfig
+from rlhf.stages.session import sampling_of
+
+
+def config(rollout: RolloutConfig) -> Config:
+    """A PPO run with these options."""
+    return Config(stage=PPOConfig(), data=DataConfig(max_response_length=20), rollout=rollout)
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """Whole words; it does not know any others."""
+    words = {"<s>": 0, "</s>": 1, "<unk>": 2, "good": 3, "bad": 4, "<|end|>": 5}
+    backend = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+def test_stop_tokens_stand_beside_eos() -> None:
+    sampling = sampling_of(config(RolloutConfig(stop_tokens=["<|end|>"], stop=["good bad"])), tokenizer())
+    assert sampling.stop_ids == (1, 5)
+    assert sampling.stop == ("good bad",)
+    assert sampling.max_new_tokens == 20
+
+
+@pytest.mark.parametrize(
+    ("rollout", "message"),
+    [
+        (RolloutConfig(stop_tokens=["<|no|>"]), "the tokenizer has no token <|no|>"),
+        (RolloutConfig(stop=["ugly"]), "no response would ever end with this text"),
+    ],
+)
+def test_what_would_never_end_a_response_is_refused(rollout: RolloutConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=r"rollout\.stop") as raised:
+        sampling_of(config(rollout), tokenizer())
+    assert message in str(raised.value)
+
+
+def test_options_that_contradict_each_other_are_found_before_any_rank_starts() -> None:
+    assert list(rollout_problems(config(RolloutConfig(stop=["good"], min_new_tokens=20)))) == []
+    empty, short = rollout_problems(config(RolloutConfig(stop=[""], min_new_tokens=21)))
+    assert "would end every response at once" in empty
+    assert "more than the 20 tokens" in short
+
+
+def test_an_empty_sampling_restriction_is_unbiased() -> None:
+    whole = sampling_of(config(RolloutConfig()), tokenizer())
+    assert whole.unbiased
+    for changed in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"min_new_tokens": 1}):
+        assert not replace(whole, **changed).unbiased
+
+
+def test_versions_of_vllm_that_were_not_tested_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.32.1")
+    assert check_installed() == "0.32.1"
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.11.0")
+    with pytest.raises(ConfigError, match=r"vllm 0\.11\.0 is not supported; install one from 0\.32 on, below 0\.33"):
+        check_installed()
+
+    def missing(name: str) -> str:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    with pytest.raises(ConfigError, match="vLLM is not installed"):
+        check_installed()
