@@ -353,10 +353,7 @@ class DeepSpeedPPOTrainer:
         if options.mismatch is Mismatch.hf:
             self.generator.fall_back(found)
             found = f"{found}; transformers generates from now on (rollout.mismatch=hf)"
-        if self._recorder is not None:
-            self._recorder.line(f"warning: {found}")
-        else:
-            warnings.warn(found, stacklevel=2)
+        (warnings.warn if self._recorder is None else self._recorder.line)(f"warning: {found}")
 
     def _record_rollout(self, experience: Experience, ended: Tensor) -> None:
         mask, rows = experience.response_mask, len(experience)
