@@ -8,7 +8,7 @@ INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile 
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 
-.PHONY: help run test check format reference test-smollm2 test-vllm clean
+.PHONY: help run test check format reference test-smollm2 test-gpu test-vllm clean
 
 help:
 	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
@@ -17,6 +17,7 @@ help:
 	@echo "make format        put the code into the style that 'make check' wants"
 	@echo "make reference     write docs/config_reference.md and the tests' plans anew, after a change of options"
 	@echo "make test-smollm2  tests with a real pretrained model (downloads 98 MB)"
+	@echo "make test-gpu      tests that need a CUDA device"
 	@echo "make test-vllm     tests with vLLM's build for CPUs (downloads 600 MB)"
 	@echo "make clean         remove caches and the virtual environment; runs/ is kept"
 
@@ -72,6 +73,9 @@ reference: .venv/installed-dev
 
 test-vllm: .venv-vllm/installed
 	.venv-vllm/bin/python -m pytest -m vllm -p no:xdist tests/with_vllm
+
+test-gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -m gpu
 
 test-smollm2: .venv/installed-smollm2
 	$(BIN)/python -m pytest -m smollm2

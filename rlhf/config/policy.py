@@ -19,8 +19,8 @@ class RolloutConfig:
     backend: RolloutBackend = option(
         RolloutBackend.auto,
         "What generates: native (packed weights, a static cache, continuous batching), vllm (installed beside), hf "
-        "(transformers' generate: any model, slowly), or auto: native where it knows the model and a copy that it "
-        "needs of the policy fits.",
+        "(transformers' generate: any model, slowly), or auto: native where it knows the model and, under ZeRO-3, a "
+        "copy of the policy fits.",
     )
     temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
     top_p: float = option(
@@ -71,8 +71,8 @@ class RolloutConfig:
     gather: bool | None = option(
         None,
         "Make a copy of the policy for each rollout where generation needs one: gathered under ZeRO-3, with adapters "
-        "merged, packed on a CPU. Otherwise transformers generates, under ZeRO-3 gathering each layer at each token. "
-        "null: if it fits.",
+        "merged, packed on a CPU. Otherwise the weights are used as they are, which is slower; under ZeRO-3 by "
+        "transformers, gathering each layer at each token. null: if it fits.",
     )
 
 

@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+_timeouts: dict[str, timedelta] = {}  # Of this process's collectives, for groups that are made later.
+
 
 def initialize_distributed(*, timeout_minutes: float) -> torch.device:
     """Join the process group that the launcher describes in the environment and return this rank's device.
@@ -25,7 +27,9 @@ def initialize_distributed(*, timeout_minutes: float) -> torch.device:
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    deepspeed.init_distributed(timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    timeout = timedelta(minutes=timeout_minutes)
+    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    _timeouts["collective"] = timeout
     return torch.device(accelerator.current_device_name())
 
 
@@ -80,7 +84,8 @@ class RankGroup:
             raise ValueError(f"{world_size()} ranks cannot be divided into groups of {size}")
         self.size, self.rank = size, rank() % size
         self._first = rank() - self.rank
-        groups = [dist.new_group(list(range(start, start + size))) for start in range(0, world_size(), size)]
+        starts, timeout = range(0, world_size(), size), _timeouts.get("collective")
+        groups = [dist.new_group(list(range(start, start + size)), timeout=timeout) for start in starts]
         self._group = groups[rank() // size]
 
     def add_up(self, values: Tensor) -> None:

@@ -12,7 +12,7 @@ from rlhf.launcher.command import node_commands
 from rlhf.launcher.ds_config import role_files
 from rlhf.launcher.pipeline import StageRun
 from rlhf.launcher.rundir import CONFIG
-from rlhf.planner.memory import GIB, StageMemory, ranks_of, stage_memory
+from rlhf.planner.memory import GIB, StageMemory, decodes_in_place, ranks_of, stage_memory
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -110,7 +110,8 @@ def _memory(config: Config) -> Iterator[str]:
     if estimate.gathered:
         shared = config.rollout.tensor_parallel or 1
         copied = f"a copy shared by {shared} ranks" if shared > 1 else "a whole copy"
-        how = copied if config.rollout.gather else "too large beside them, so transformers generates without one"
+        without = "it is decoded as it is" if decodes_in_place(config) else "transformers generates without one"
+        how = copied if config.rollout.gather else f"too large beside them, so {without}"
         yield f"{config.stage.name}: the policy takes {estimate.shared(shared) / GIB:.2f} more to generate ({how})"
 
 

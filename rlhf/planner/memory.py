@@ -151,6 +151,12 @@ def _generates_from_a_copy(config: Config, actor: Role) -> bool:
     return packed or (config.lora.rank is not None and actor.optimizer is not None)
 
 
+def decodes_in_place(config: Config) -> bool:
+    """Whether native decoding can do with the policy's weights as they are: they are whole on each rank."""
+    partitioned = config.memory.of_role("actor", trained=True).zero_stage == 3
+    return not partitioned and config.rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
+
+
 def _bytes_per_weight(config: Config) -> int:
     return 4 if config.memory.precision is Precision.fp32 else 2
 
@@ -222,13 +228,16 @@ def choose_zero_stage(config: Config) -> int:
 def rollout_ranks(config: Config) -> int | None:
     """The fewest ranks over which the policy fits beside the states while it generates; None if it does over none.
 
-    More than one is for native decoding: the ranks of a machine, of a number that divides the policy's heads.
+    More than one is for native decoding of a partitioned policy: the ranks of a machine, of a number that divides the
+    policy's heads. A policy that is whole on each rank needs no copy, if none fits.
     """
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
     wanted = config.rollout.tensor_parallel
     shape = architecture_of(config.model)
     heads = (shape.num_kv_heads or shape.num_heads) if shape is not None else 1
-    most = 1 if config.rollout.backend is RolloutBackend.hf else config.hardware.gpus_per_node or 1
+    most = config.hardware.gpus_per_node or 1
+    if config.rollout.backend is RolloutBackend.hf or decodes_in_place(config):
+        most = 1
     counts = [count for count in range(1, most + 1) if most % count == 0 and heads % count == 0]
     for count in counts if wanted is None else [wanted]:
         if all(estimate is None or estimate.fits(ranks=count) for estimate in estimates):

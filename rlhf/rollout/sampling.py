@@ -23,7 +23,7 @@ class Sampling:
         max_length: longest prompt and response together, where it is known before.
         batch_size: prompts that are answered together at most; None: as many as there is memory for.
         backend: what generates.
-        gather: whether a ZeRO-3 model is gathered whole.
+        gather: whether a copy of the policy is made where generation is faster with one, or needs one (ZeRO-3).
         tensor_parallel: ranks that share the weights while they answer the prompts of all of them together.
         release_cache: whether the cache of keys and values is given back after each rollout; None: if it is large.
     """

@@ -79,6 +79,9 @@ def native_facts(
         "logprob_error": float((computed - native.sampled_logprobs).abs().max()),
         "restored": float(all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))),
     }
+    if memory.zero_stage != 3:
+        in_place = answers(engine, prompts, folder, replace(GREEDY, gather=False))
+        facts["in_place"] = float(tokens(in_place) == tokens(slow))
     if adapted:
         reference = AdaptersOff(engine)
         facts["reference_same"] = float(

@@ -22,6 +22,7 @@ from rlhf.planner.memory import (
     GIB,
     RoleStates,
     choose_zero_stage,
+    decodes_in_place,
     memory_problems,
     rollout_problems,
     rollout_ranks,
@@ -250,6 +251,15 @@ def test_what_does_not_fit_is_said_and_the_policy_is_gathered_only_if_it_does() 
         roomier = replace(tight.hardware, gpu_memory_gib=(tight.hardware.gpu_memory_gib or 0.0) + more)
         assert rollout_ranks(replace(tight, hardware=roomier)) == ranks
     assert rollout_ranks(replace(tight, hardware=replace(tight.hardware, gpu_memory_gib=80.0))) == 1
+    # What is whole on each rank is decoded as it is where no copy fits, rather than shared.
+    adapted = replace(holding(8, 5.6), stage=PPOConfig(), lora=LoraConfig(rank=8, targets=TARGETS))
+    adapted = replace(adapted, memory=replace(adapted.memory, zero_stage=1))
+    assert list(memory_problems(adapted)) == []
+    assert rollout_ranks(adapted) is None
+    with_vllm = replace(adapted, rollout=RolloutConfig(backend=RolloutBackend.vllm))
+    assert rollout_ranks(with_vllm) == 4  # vLLM has to share a copy.
+    assert decodes_in_place(adapted)
+    assert not decodes_in_place(tight)
     first, second = rollout_problems(replace(tight, rollout=RolloutConfig(tensor_parallel=3)))
     assert first == "rollout.tensor_parallel=3: does not divide the 8 ranks of a machine"
     assert second.endswith("does not divide the model's 32 heads and 8 heads of keys and values")

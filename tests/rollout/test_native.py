@@ -33,6 +33,7 @@ from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.graphs import StepGraphs
 from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response
 from rlhf.rollout.sampling import Sampling
@@ -106,6 +107,7 @@ def decoded(
     seed: int = 0,
     stops: Any = None,
     check_every: int = 1,
+    graphs: StepGraphs | None = None,
     **options: Any,
 ) -> list[Response]:
     """Native responses."""
@@ -114,7 +116,8 @@ def decoded(
     settings = {"temperature": 0.0, "stop_ids": (EOS,), "max_new_tokens": 40} | options
     arena.fit(weights, slots=slots, length=max(map(len, rows)) + settings["max_new_tokens"], dtype=cache)
     numbers = torch.arange(len(rows)) if streams is None else streams
-    batch = Batch(Decoder(weights=weights), arena, rows, numbers, Sampling(**settings), seed=seed, stops=stops)
+    sampling, decoder = Sampling(**settings), Decoder(weights=weights)
+    batch = Batch(decoder, arena, rows, numbers, sampling, seed=seed, stops=stops, graphs=graphs)
     batch.check_every = check_every
     return batch.run()
 
@@ -279,6 +282,60 @@ def test_looking_seldom_at_what_has_ended_changes_nothing() -> None:
         for own, other in zip(found, wanted, strict=True):
             torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
             assert own.ended == other.ended
+
+
+def test_steps_in_few_sizes_are_the_same() -> None:
+    """As they are recorded on a GPU: with slots that nobody has, and a longer cache than is needed."""
+    for name, options in (("llama", {}), ("bloom", {"repetition_penalty": 1.3, "min_new_tokens": 5, "top_k": 20})):
+        model, rows = model_of(name), prompts()
+        graphs = StepGraphs(record=False)
+        for slots in (8, 8, 3):
+            wanted = decoded(model, rows, temperature=1.0, slots=slots, **options)
+            found = decoded(model, rows, temperature=1.0, slots=slots, check_every=8, graphs=graphs, **options)
+            assert tokens(found) == tokens(wanted)
+            for own, other in zip(found, wanted, strict=True):
+                torch.testing.assert_close(own.logprobs, other.logprobs, atol=1e-5, rtol=0)
+                assert own.ended == other.ended
+
+
+def test_sizes_of_steps_are_few_and_never_too_small() -> None:
+    graphs = StepGraphs(record=False)
+    kinds = set()
+    for size in (1, 2, 3, 13, 64):
+        for count in range(1, size + 1):
+            for length in (1, 64, 65, 300, 500):
+                wide, long = graphs.sizes(count=count, length=length, size=size, room=500)
+                assert count <= wide <= size
+                assert wide < 2 * count
+                assert length <= long <= min(500, length + 63)
+                if size == 64:
+                    kinds.add(wide)
+    assert kinds == {1, 2, 4, 8, 16, 32, 64}
+
+
+def test_adapters_that_are_not_merged_compute_the_same() -> None:
+    targets = {"opt": ["q_proj", "fc1", "lm_head"], "qwen2": ["k_proj", "up_proj", "down_proj", "lm_head"]}
+    targets |= {"pythia": ["query_key_value", "dense"], "bloom": ["query_key_value", "dense_4h_to_h"]}
+    for name, modules in targets.items():
+        model, rows = model_of(name), prompts()
+        inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules=modules), model)
+        for part, parameter in model.named_parameters():
+            if "lora_B" in part:
+                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
+        wanted = expected(model, rows)
+        assert wanted != expected(model_of(name), rows)
+        own = {parameter.data_ptr() for parameter in model.parameters()}
+        options: dict[str, Any] = {"rows": 8, "gather": lambda part: nullcontext(), "own": False}
+        weights = generation_weights(decoder_parts(model), vocab_limit=SIZE, copy=False, **options)
+        # Nothing but the positions' tables is beside the parameters.
+        extra = [tensor for tensor in weights.tensors() if tensor.data_ptr() not in own]
+        assert sum(tensor.numel() for tensor in extra) <= 16
+        arena = Arena()
+        arena.fit(weights, slots=8, length=70)
+        settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+        assert tokens(Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()) == wanted
+        # And merged into a copy.
+        assert tokens(decoded(model, rows, own=False)) == wanted
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,11 @@ class Shape:
     norm_after: bool = False
     per_head: bool = False
     position_offset: int = 0
+
+    def to(self, device: torch.device | str) -> "Shape":
+        """The same with its tables on a device."""
+        rotary, alibi = (None if table is None else table.to(device) for table in (self.rotary, self.alibi))
+        return replace(self, rotary=rotary, alibi=alibi)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -32,13 +32,31 @@ class Share:
         return tensor.chunk(self.ranks, dim=dim)[self.rank] if self.ranks > 1 else tensor
 
 
-class Projection:
-    """x W^T + b. On a CPU a bf16 weight is packed as oneDNN likes it, which is faster for small batches."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Adapter:
+    """What is added to a projection: scale * x down^T up^T (Hu et al. 2021). `down` is [rank, in], `up` [out, rank]."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, *, rows: int) -> None:
+    down: Tensor
+    up: Tensor
+    scale: float
+
+
+class Projection:
+    """x W^T + b, and what adapters add that are not merged into W.
+
+    Without these a bf16 weight is packed on a CPU as oneDNN likes it, which is faster for batches of about `rows`;
+    None: the weight is left as it is.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, *, rows: int | None, adapters: tuple[Adapter, ...] = ()
+    ) -> None:
         self.features = weight.shape[0]
         self.bias = bias
-        self.packed = _packs(weight)
+        self.adapters = tuple(
+            replace(adapter, down=adapter.down.to(weight.dtype), up=adapter.up.to(weight.dtype)) for adapter in adapters
+        )
+        self.packed = rows is not None and not adapters and _packs(weight)
         self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
 
     def __call__(
@@ -47,6 +65,8 @@ class Projection:
         """[N, in] to [N, out]: activation(x W^T + b), or with something added to or multiplied by it."""
         if not self.packed:
             y = F.linear(x, self.weight, self.bias)
+            for adapter in self.adapters:
+                y = torch.addmm(y, F.linear(x, adapter.down), adapter.up.t(), alpha=adapter.scale)
             if activation is not None:
                 y = _activation(activation)(y)
             return y + add if add is not None else y * times if times is not None else y
@@ -148,10 +168,21 @@ class DecoderWeights:
         """Where the weights are."""
         return self.embedding.device
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All weights, and what was derived from them."""
+        yield from _tensors(self)
+
 
 @torch.no_grad()
 def generation_weights(
-    parts: DecoderParts, *, vocab_limit: int, rows: int, gather: Gather, own: bool, share: Share | None = None
+    parts: DecoderParts,
+    *,
+    vocab_limit: int,
+    rows: int,
+    gather: Gather,
+    own: bool,
+    share: Share | None = None,
+    copy: bool = True,
 ) -> DecoderWeights:
     """A model's weights as they are now, for generation.
 
@@ -164,26 +195,26 @@ def generation_weights(
             nor packing change are the model's own.
         share: what of the heads, which the ranks divide, and of the MLPs this process computes, in a copy; all if not
             given.
+        copy: without it nothing is copied: neither packed nor joined, and adapters are computed apart. The parameters
+            must be whole, and all of the heads this process's.
     """
     share = share or Share()
-    reader = _Reader(shape=parts.shape, share=share, rows=rows, own=own or share.ranks > 1)
+    own = own or share.ranks > 1
+    assert copy or not own, "what is gathered or cut is copied"
+    reader = _Reader(shape=parts.shape, share=share, rows=rows if copy else None, own=own)
     layers = []
     for layer in parts.layers:
         with gather(layer.module):
             layers.append(reader.layer(layer))
     with gather(nn.ModuleList(parts.outer())):
-        embedding = _kept(dense(parts.embedding)[0], reader.own)
-        head, head_bias = dense(parts.head)
-        head_bias = None if head_bias is None else head_bias[:vocab_limit]
-        if head is dense(parts.embedding)[0]:  # Tied: one copy for both.
-            output = Projection(embedding[:vocab_limit], _kept(head_bias, reader.own), rows=rows)
-        else:
-            output = reader.projection(head[:vocab_limit], head_bias)
+        embedding = _kept(base(parts.embedding)[0], own)
+        tied = base(parts.head)[0] is base(parts.embedding)[0] and (not copy or not adapters(parts.head))
+        output = reader.head(parts.head, embedding if tied else None, vocab_limit)
         return DecoderWeights(
             shape=parts.shape,
             share=share,
             embedding=embedding,
-            positions=_kept(dense(parts.positions)[0], reader.own) if parts.positions is not None else None,
+            positions=_kept(base(parts.positions)[0], own) if parts.positions is not None else None,
             embedding_norm=reader.norm(parts.embedding_norm),
             project_in=reader.whole(parts.project_in),
             project_out=reader.whole(parts.project_out),
@@ -195,18 +226,33 @@ def generation_weights(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reader:
-    """From modules whose parameters are whole to weights."""
+    """From modules whose parameters are whole to weights. Without `rows` nothing is packed, joined or merged."""
 
     shape: Shape
     share: Share
-    rows: int
+    rows: int | None
     own: bool
 
     def projection(self, weight: Tensor, bias: Tensor | None) -> Projection:
         return Projection(_kept(weight, self.own), _kept(bias, self.own), rows=self.rows)
 
+    def module(self, module: nn.Module) -> Projection:
+        if self.rows is not None:
+            return self.projection(*dense(module))
+        weight, bias = base(module)
+        return Projection(weight.detach(), _kept(bias, False), rows=None, adapters=adapters(module))
+
     def whole(self, module: nn.Module | None) -> Projection | None:
-        return self.projection(*dense(module)) if module is not None else None
+        return self.module(module) if module is not None else None
+
+    def head(self, module: nn.Module, tied: Tensor | None, vocab_limit: int) -> Projection:
+        """The output layer's first rows; `tied` is a weight that is shared with the embedding."""
+        weight, bias = base(module) if self.rows is None else dense(module)
+        weight = (_kept(weight, self.own) if tied is None else tied)[:vocab_limit]
+        bias = None if bias is None else _kept(bias[:vocab_limit], self.own)
+        beside = () if self.rows is not None else adapters(module)
+        cut = tuple(replace(adapter, up=adapter.up[:vocab_limit]) for adapter in beside)
+        return Projection(weight, bias, rows=self.rows, adapters=cut)
 
     def norm(self, module: nn.Module | None) -> Norm | None:
         return Norm(module, own=self.own) if module is not None else None
@@ -221,15 +267,21 @@ class _Reader:
 
     def by_columns(self, module: nn.Module) -> Projection:
         """A projection whose inputs are divided; the bias is added once."""
+        if self.rows is None:
+            return self.module(module)
         weight, bias = dense(module)
         return self.projection(self.share.of(weight, 1), bias if self.share.rank == 0 else None)
 
     def qkv(self, modules: tuple[nn.Module, ...]) -> Projection | Apart:
-        weights = [dense(module) for module in modules]
-        if not self.own and not _packs(weights[0][0]):
-            apart = tuple(self.projection(*each) for each in weights)
+        copied = self.own or _packs(base(modules[0])[0]) or any(map(adapters, modules))
+        if self.rows is None or not copied:
+            apart = tuple(map(self.module, modules))
             return Apart(apart, per_head=self.shape.heads if self.shape.per_head else None)
+        weights = [dense(module) for module in modules]
         return self.by_rows(_by_role(weights[0], self.shape) if self.shape.per_head else weights)
+
+    def up(self, module: nn.Module) -> Projection:
+        return self.module(module) if self.rows is None else self.by_rows([dense(module)])
 
     def layer(self, parts: LayerParts) -> LayerWeights:
         gate, up = parts.up if self.shape.gated else (None, parts.up[0])
@@ -240,8 +292,8 @@ class _Reader:
             key_norm=self.norm(parts.key_norm),
             out=self.by_columns(parts.out),
             mlp_norm=Norm(parts.mlp_norm, own=self.own),
-            gate=self.by_rows([dense(gate)]) if gate is not None else None,
-            up=self.by_rows([dense(up)]),
+            gate=self.up(gate) if gate is not None else None,
+            up=self.up(up),
             down=self.by_columns(parts.down),
         )
 
@@ -256,21 +308,35 @@ def _by_role(joint: tuple[Tensor, Tensor | None], shape: Shape) -> list[tuple[Te
     ]
 
 
+def base(module: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer or an embedding, without adapters."""
+    inner: Any = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return inner.weight, getattr(inner, "bias", None)
+
+
+def adapters(module: Any) -> tuple[Adapter, ...]:
+    """The adapters of a module that are on."""
+    if not isinstance(module, BaseTunerLayer) or module.disable_adapters:
+        return ()
+    assert isinstance(module, LoraLayer), "decoder_parts lets no others pass"
+    found = []
+    for name in module.active_adapters:
+        down: Any = module.lora_A[name].weight
+        up: Any = module.lora_B[name].weight
+        found.append(Adapter(down=down.detach(), up=up.detach(), scale=module.scaling[name]))
+    return tuple(found)
+
+
 def dense(module: Any) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of a linear layer or an embedding; adapters that are on are added up in fp32."""
-    if not isinstance(module, BaseTunerLayer):
-        return module.weight, getattr(module, "bias", None)
-    base: Any = module.get_base_layer()
-    weight: Tensor = base.weight
-    assert isinstance(module, LoraLayer), "decoder_parts lets no others pass"
-    if not module.disable_adapters:
+    weight, bias = base(module)
+    beside = adapters(module)
+    if beside:
         merged = weight.float()
-        for name in module.active_adapters:
-            down: Any = module.lora_A[name].weight
-            up: Any = module.lora_B[name].weight
-            merged = merged + module.scaling[name] * (up.float() @ down.float())
+        for adapter in beside:
+            merged = merged + adapter.scale * (adapter.up.float() @ adapter.down.float())
         weight = merged.to(weight.dtype)
-    return weight, base.bias
+    return weight, bias
 
 
 @torch.no_grad()
@@ -300,10 +366,18 @@ def plain_weights(model: nn.Module, *, gather: Gather, own: bool) -> Iterator[tu
                         yield f"{name}.{part}", _kept(parameter, own)
 
 
-def needs_copy(parts: DecoderParts) -> bool:
-    """Whether generation takes a copy of the weights even where they are whole: adapters are merged, or it packs."""
-    modules = parts.dense()
-    return any(isinstance(module, BaseTunerLayer) for module in modules) or _packs(dense(modules[-1])[0])
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for part in value:
+            yield from _tensors(part)
+    elif is_dataclass(value):
+        for part in fields(value):
+            yield from _tensors(getattr(value, part.name))
+    elif isinstance(value, Projection | Apart | Norm):
+        for part in vars(value).values():
+            yield from _tensors(part)
 
 
 @cache

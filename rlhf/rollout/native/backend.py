@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,9 +17,10 @@ from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import RankGroup, local_world_size
 from rlhf.engine.generation import is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
-from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights, needs_copy
+from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena, bytes_per_token
 from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.graphs import StepGraphs
 from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response, answer_together
 from rlhf.rollout.sampling import Sampling, end_of_text
@@ -37,7 +39,7 @@ class NativeBackend:
         vocab_limit: ids from here on are never sampled.
 
     Raises:
-        UnsupportedModelError: the model is not known, or a copy of it that is needed does not fit.
+        UnsupportedModelError: the model is not known, or is partitioned and is not to be copied.
         ConfigError: the ranks or the heads cannot be divided by `sampling.tensor_parallel`.
     """
 
@@ -45,9 +47,10 @@ class NativeBackend:
         self, engine: Any, *, tokenizer: PreTrainedTokenizerBase, sampling: Sampling, vocab_limit: int
     ) -> None:
         parts, ranks = decoder_parts(engine.module), sampling.tensor_parallel
-        if not sampling.gather and ranks == 1 and (is_partitioned(engine) or needs_copy(parts)):
+        if not sampling.gather and ranks == 1 and is_partitioned(engine):
             raise UnsupportedModelError(
-                "a policy of which no copy fits beside the rest by the plan's estimate (rollout.gather=true makes one)"
+                "a partitioned policy of which no copy fits beside the rest by the plan's estimate "
+                "(rollout.gather=true makes one)"
             )
         if parts.shape.heads % ranks or parts.shape.kv_heads % ranks:
             raise ConfigError(
@@ -57,9 +60,14 @@ class NativeBackend:
         self.engine, self.tokenizer, self.sampling, self.vocab_limit = engine, tokenizer, sampling, vocab_limit
         self.group = RankGroup(ranks) if ranks > 1 else None
         self.arena = Arena()
+        self.parts = replace(parts, shape=parts.shape.to(engine.device))
+        # Ranks that share the weights add up their parts between the kernels, which is not recorded.
+        recorded = torch.device(engine.device).type == "cuda" and self.group is None
+        self.graphs = StepGraphs(record=True) if recorded else None
+        self.copies = sampling.gather or ranks > 1
         shared = f"over {ranks} ranks each" if ranks > 1 else "on each rank"
-        gathered = ", gathered for each rollout" if is_partitioned(engine) else ""
-        self.description = f"native decoding ({parts.shape.layers} blocks {shared}{gathered})"
+        how = ", gathered for each rollout" if is_partitioned(engine) else "" if self.copies else ", nothing copied"
+        self.description = f"native decoding ({parts.shape.layers} blocks {shared}{how})"
         self._weights: DecoderWeights | None = None
 
     @contextmanager
@@ -67,17 +75,18 @@ class NativeBackend:
         """Within this context the weights are as they were when it began; its memory comes back."""
         try:
             self._weights = generation_weights(
-                decoder_parts(self.engine.module),
+                self.parts,
                 vocab_limit=self.vocab_limit,
                 rows=self.sampling.batch_size or 32,
                 gather=partial(whole_parameters, self.engine),
                 own=is_partitioned(self.engine),
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
+                copy=self.copies,
             )
             yield self._weights
             self._keep_cache()
         except BaseException:
-            self.arena.release()
+            self.release()
             raise
         finally:
             self._weights = None
@@ -90,16 +99,20 @@ class NativeBackend:
     def release(self) -> None:
         """Give all memory back."""
         self.arena.release()
+        if self.graphs is not None:
+            self.graphs.release()
 
     def _answer(self, rows: list[Int[Tensor, " _"]], streams: Int[Tensor, " n"], *, seed: int) -> list[Response]:
         sampling, weights = self.sampling, self._weights
         assert weights is not None, "generate is called within mode"
-        slots = self._make_room(weights, count=len(rows), length=max(map(len, rows)) + sampling.max_new_tokens)
+        longest = max(map(len, rows)) + sampling.max_new_tokens
+        # Fast attention on a GPU wants multiples of eight.
+        slots = self._make_room(weights, count=len(rows), length=longest + -longest % 8)
         stops = partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None
         decoder = Decoder(weights=weights, reduce=self.group.add_up if self.group is not None else None)
         agree = self.group.take_first if self.group is not None else None
-        batch = Batch(decoder, self.arena, rows, streams, sampling, seed=seed, stops=stops, slots=slots, agree=agree)
-        return batch.run()
+        options: dict[str, Any] = {"seed": seed, "stops": stops, "slots": slots, "agree": agree, "graphs": self.graphs}
+        return Batch(decoder, self.arena, rows, streams, sampling, **options).run()
 
     def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> int:
         """Make the cache large enough, and return how many sequences are decoded together."""
@@ -125,7 +138,7 @@ class NativeBackend:
             # Ranks that share the weights keep the same.
             release = any(self.group.gather_objects(large)) if self.group is not None else large
         if release:
-            self.arena.release()
+            self.release()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -1,48 +1,22 @@
 """Continuous batching: finished sequences leave the batch, and waiting prompts take their place."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import partial
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.functional.sampling import draw, penalise_repetition, restrict, stream_keys, stream_uniforms
 from rlhf.rollout.native.arena import Arena
 from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.graphs import StepGraphs
+from rlhf.rollout.native.slots import empty_slots
 from rlhf.rollout.responses import Response
 from rlhf.rollout.sampling import Sampling
 
 PREFILL_TOKENS = 4096  # At most in one piece, counted as if all were as long as the first; a longer prompt is alone.
 GPU_CHECK_EVERY = 8  # Tokens between two looks at what has finished: each look waits for the device.
-
-
-@dataclass(slots=True)
-class _Slots:
-    """What is known of the sequences in the batch, on the device. The first `count` slots are taken."""
-
-    tokens: Int[Tensor, " S"]
-    positions: Int[Tensor, " S"]
-    steps: Int[Tensor, " S"]
-    done: Bool[Tensor, " S"]
-    uniforms: Float[Tensor, "S M"]
-    ids: Int[Tensor, "S M"]
-    logprobs: Float[Tensor, "S M"]
-    seen: Bool[Tensor, "S V"] | None
-    prompts: list[int] = field(default_factory=list)  # On the host: the prompt of each slot,
-    lengths: list[int] = field(default_factory=list)  # and how many tokens it has, responses' included.
-
-    @property
-    def count(self) -> int:
-        return len(self.prompts)
-
-    def move(self, source: int, target: int) -> None:
-        """Give the last slot's place in the batch to another."""
-        for kept in (self.tokens, self.positions, self.steps, self.done, self.uniforms, self.ids, self.logprobs):
-            kept[target] = kept[source].clone()
-        if self.seen is not None:
-            self.seen[target] = self.seen[source].clone()
-        self.prompts[target], self.lengths[target] = self.prompts[source], self.lengths[source]
 
 
 class Batch:
@@ -58,6 +32,7 @@ class Batch:
         stops: from the tokens so far to how many of them the response has if it ends there, else None.
         slots: sequences that are decoded together at most; as many as the cache has slots if not given.
         agree: makes sampled tokens equal on ranks that decode the same prompts together; None without such.
+        graphs: replays steps on a GPU, in few sizes; None: each step is run, in its exact size.
     """
 
     def __init__(
@@ -72,32 +47,22 @@ class Batch:
         stops: Callable[[list[int]], int | None] | None = None,
         slots: int | None = None,
         agree: Callable[[Tensor], None] | None = None,
+        graphs: StepGraphs | None = None,
     ) -> None:
         self.decoder, self.arena, self.prompts, self.sampling = decoder, arena, prompts, sampling
-        self.stops, self.agree = stops, agree
-        device, longest = decoder.weights.device, sampling.max_new_tokens
+        self.stops, self.agree, self.graphs = stops, agree, graphs
+        weights = decoder.weights
         # The longest first: what runs together then ends together, and little is padded.
         self.waiting = sorted(range(len(prompts)), key=lambda index: (len(prompts[index]), -index))
         self.finished: dict[int, tuple[Tensor, Tensor, bool]] = {}
-        self.uniforms = stream_uniforms(stream_keys(streams, seed=seed), longest).to(device)
-        size, vocabulary = min(slots or arena.slots, len(prompts)), decoder.weights.head.features
-        integers = torch.zeros(size, dtype=torch.long, device=device)
-        self.slots = _Slots(
-            tokens=integers.clone(),
-            positions=integers.clone(),
-            steps=integers.clone(),
-            done=torch.zeros(size, dtype=torch.bool, device=device),
-            uniforms=torch.zeros(size, longest, device=device),
-            ids=torch.zeros(size, longest, dtype=torch.long, device=device),
-            logprobs=torch.zeros(size, longest, device=device),
-            seen=torch.zeros(size, vocabulary, dtype=torch.bool, device=device)
-            if sampling.repetition_penalty != 1.0
-            else None,
-        )
-        self.size = size
-        known = [stop_id for stop_id in sampling.stop_ids if stop_id < vocabulary]
-        self.stop_ids = torch.tensor(known, dtype=torch.long, device=device)
-        self.check_every = 1 if device.type == "cpu" else GPU_CHECK_EVERY
+        keys = stream_keys(streams, seed=seed)
+        self.uniforms = stream_uniforms(keys, sampling.max_new_tokens).to(weights.device)
+        self.size = min(slots or arena.slots, len(prompts))
+        if graphs is None:
+            self.slots = empty_slots(weights, sampling, self.size)
+        else:
+            self.slots = graphs.slots(weights, arena, sampling, self.size)
+        self.check_every = 1 if weights.device.type == "cpu" else GPU_CHECK_EVERY
 
     def run(self) -> list[Response]:
         """All responses, in the order of the prompts."""
@@ -145,14 +110,28 @@ class Batch:
             for slot, prompt in enumerate(prompts, first):
                 slots.seen[slot, prompt[prompt < slots.seen.shape[1]]] = True
         self._choose(logits, where)
+        self._count_on(first)
 
     def _step(self) -> None:
         """One more token of every sequence in the batch."""
-        slots, count = self.slots, self.slots.count
-        logits = self.decoder.decode(
-            slots.tokens[:count], slots.positions[:count], self.arena, length=max(slots.lengths)
-        )
+        count, length = self.slots.count, max(self.slots.lengths)
+        if self.graphs is None:
+            self._advance(count, length)
+        else:
+            kind = self.graphs.sizes(count=count, length=length, size=self.size, room=self.arena.length)
+            self.graphs.step(kind, partial(self._advance, *kind))
+        self._count_on(0)
+
+    def _advance(self, count: int, length: int) -> None:
+        """What of a step is done on the device: the next token of the first slots, taken or not."""
+        slots = self.slots
+        logits = self.decoder.decode(slots.tokens[:count], slots.positions[:count], self.arena, length=length)
         self._choose(logits, slice(0, count))
+
+    def _count_on(self, first: int) -> None:
+        """Note that the sequences from a slot on have one token more."""
+        lengths = self.slots.lengths
+        lengths[first:] = [min(length + 1, self.arena.length) for length in lengths[first:]]
 
     def _choose(self, logits: Float[Tensor, "n V"], where: slice) -> None:
         """Choose and note the next token of some slots."""
@@ -171,13 +150,12 @@ class Batch:
         slots.ids[rows, place] = torch.where(slots.done[where], slots.ids[rows, place], ids)
         slots.logprobs[rows, place] = torch.where(slots.done[where], slots.logprobs[rows, place], logprobs)
         slots.steps[where] += (~slots.done[where]).long()
-        slots.done[where] |= torch.isin(ids, self.stop_ids) | (slots.steps[where] >= sampling.max_new_tokens)
+        stopped = (ids.unsqueeze(1) == slots.stop_ids).any(dim=1)
+        slots.done[where] |= stopped | (slots.steps[where] >= sampling.max_new_tokens)
         slots.tokens[where] = ids
         slots.positions[where] = (slots.positions[where] + 1).clamp(max=self.arena.length - 1)
-        for slot in range(where.start, where.stop):
-            slots.lengths[slot] = min(slots.lengths[slot] + 1, self.arena.length)
         if slots.seen is not None:
-            slots.seen[rows, ids] = True
+            slots.seen[where].scatter_(1, ids.unsqueeze(1), True)
 
     def _chosen(
         self, logits: Float[Tensor, "n V"], where: slice, steps: Int[Tensor, " n"]
@@ -189,7 +167,7 @@ class Batch:
         if sampling.min_new_tokens:
             early = (steps < sampling.min_new_tokens).unsqueeze(1)
             allowed = allowed.clone()
-            allowed[:, self.stop_ids] = allowed[:, self.stop_ids].masked_fill(early, -torch.inf)
+            allowed[:, slots.stop_ids] = allowed[:, slots.stop_ids].masked_fill(early, -torch.inf)
         if sampling.temperature == 0.0:
             ids = allowed.argmax(dim=1)
         else:

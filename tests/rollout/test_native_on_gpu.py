@@ -1,0 +1,91 @@
+"""Native decoding on a GPU, where steps are recorded as CUDA graphs. `make test-gpu`."""
+
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from test_native import EOS, MODELS, SIZE, expected, model_of, prompts, tokens
+
+from rlhf.models.decoder.parts import DecoderParts, decoder_parts
+from rlhf.models.decoder.weights import DecoderWeights, generation_weights
+from rlhf.rollout.native.arena import Arena
+from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.graphs import StepGraphs
+from rlhf.rollout.native.loop import Batch
+from rlhf.rollout.responses import Response
+from rlhf.rollout.sampling import Sampling
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")]
+
+
+def on_gpu(model: Any) -> Any:
+    """A copy of a model on the GPU, computing exactly."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return deepcopy(model).to("cuda")
+
+
+def parts_of(model: Any) -> DecoderParts:
+    """A model's parts, with the tables on the GPU."""
+    parts = decoder_parts(model)
+    return replace(parts, shape=parts.shape.to("cuda"))
+
+
+def weights_of(parts: DecoderParts, *, own: bool) -> DecoderWeights:
+    """The weights, copied or as they are."""
+    return generation_weights(parts, vocab_limit=SIZE, rows=8, gather=lambda part: nullcontext(), own=own)
+
+
+def rollout(
+    weights: DecoderWeights, arena: Arena, graphs: StepGraphs | None, *, slots: int = 8, **options: Any
+) -> list[Response]:
+    """Responses, in this process's cache."""
+    settings = {"temperature": 0.0, "stop_ids": (EOS,), "max_new_tokens": 40} | options
+    arena.fit(weights, slots=slots, length=72)
+    sampling, rows = Sampling(**settings), prompts()
+    return Batch(Decoder(weights=weights), arena, rows, torch.arange(len(rows)), sampling, graphs=graphs).run()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_give_the_tokens_of_transformers(name: str) -> None:
+    model = model_of(name)
+    moved, arena, graphs = on_gpu(model), Arena(), StepGraphs(record=True)
+    parts = parts_of(moved)
+    for _ in range(2):
+        weights = weights_of(parts, own=False)
+        assert tokens(rollout(weights, arena, None)) == expected(model, prompts())
+        for slots in (8, 3, 8):
+            assert tokens(rollout(weights, arena, graphs, slots=slots)) == expected(model, prompts())
+        assert graphs.recorded > 0
+        # Training changes the weights in place: what was recorded computes with the new ones.
+        other = model_of(name, seed=1)
+        model.load_state_dict(other.state_dict())
+        moved.load_state_dict(other.state_dict())
+
+
+def test_graphs_are_kept_while_no_address_changes_and_made_anew_when_one_does() -> None:
+    parts, arena, graphs = parts_of(on_gpu(model_of("bloom"))), Arena(), StepGraphs(record=True)
+    wanted = tokens(rollout(weights_of(parts, own=False), Arena(), None))
+    first = None
+    for _ in range(3):
+        assert tokens(rollout(weights_of(parts, own=False), arena, graphs)) == wanted
+        assert graphs.recorded > 0
+        first = first or graphs.recorded
+        assert graphs.recorded >= first
+    copied = weights_of(parts, own=True)
+    arena.release()
+    assert tokens(rollout(copied, arena, graphs)) == wanted
+    graphs.release()
+    assert graphs.recorded == 0
+
+
+def test_drawn_tokens_are_the_same_recorded_or_not() -> None:
+    for name, options in (("llama", {}), ("bloom", {"repetition_penalty": 1.3, "min_new_tokens": 5, "top_p": 0.9})):
+        weights, arena = weights_of(parts_of(on_gpu(model_of(name))), own=False), Arena()
+        graphs = StepGraphs(record=True)
+        wanted = tokens(rollout(weights, arena, None, temperature=1.0, **options))
+        for _ in range(2):
+            assert tokens(rollout(weights, arena, graphs, temperature=1.0, **options)) == wanted
+        assert graphs.recorded > 0
