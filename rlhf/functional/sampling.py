@@ -64,7 +64,8 @@ def _place(
     assert amount is not None
     # Rounding must not lead behind the last weight that is not zero.
     amount = torch.minimum(amount, torch.nextafter(total, torch.zeros_like(total)))
-    place = (running <= amount).sum(dim=1, keepdim=True)
+    # Sums that were made in parallel need not rise everywhere: nor behind the last one.
+    place = (running <= amount).sum(dim=1, keepdim=True).clamp_(max=weights.shape[1] - 1)
     left = amount - (running - weights).gather(1, place)
     return place, left.clamp_(min=0.0), total
 

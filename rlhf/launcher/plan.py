@@ -110,7 +110,7 @@ def _memory(config: Config) -> Iterator[str]:
     if estimate.gathered:
         shared = config.rollout.tensor_parallel or 1
         copied = f"a copy shared by {shared} ranks" if shared > 1 else "a whole copy"
-        without = "it is decoded as it is" if decodes_in_place(config) else "transformers generates without one"
+        without = "it generates as it is" if decodes_in_place(config) else "transformers generates without one"
         how = copied if config.rollout.gather else f"too large beside them, so {without}"
         yield f"{config.stage.name}: the policy takes {estimate.shared(shared) / GIB:.2f} more to generate ({how})"
 

@@ -153,7 +153,8 @@ def _generates_from_a_copy(config: Config, actor: Role) -> bool:
 
 def decodes_in_place(config: Config) -> bool:
     """Whether native decoding can do with the policy's weights as they are: they are whole on each rank."""
-    partitioned = config.memory.of_role("actor", trained=True).zero_stage == 3
+    roles = [role for stage in substages(config.stage) for role in stage.roles() if role.generates]
+    partitioned = any(config.memory.of_role(role.name, trained=True).zero_stage == 3 for role in roles)
     return not partitioned and config.rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
 
 

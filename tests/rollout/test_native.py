@@ -242,10 +242,10 @@ def test_a_cache_is_reused_if_it_is_large_enough() -> None:
     weights = weights_of(model_of("llama"))
     arena = Arena()
     arena.fit(weights, slots=4, length=20)
-    first = arena.keys[0].data_ptr()
+    first = arena.layers[0].data_ptr()
     assert arena.nbytes == 2 * 2 * 4 * 2 * 20 * 16 * 4
     arena.fit(weights, slots=3, length=12)
-    assert arena.keys[0].data_ptr() == first
+    assert arena.layers[0].data_ptr() == first
     arena.fit(weights, slots=5, length=20)
     assert arena.slots == 5
     arena.release()
@@ -375,7 +375,7 @@ def test_what_a_broken_sequence_leaves_in_the_cache_does_no_harm() -> None:
     weights = weights_of(model)
     arena = Arena()
     arena.fit(weights, slots=8, length=70)
-    for kept in (*arena.keys, *arena.values):
+    for kept in arena.layers:
         kept.fill_(torch.nan)
     settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
     assert tokens(Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()) == tokens(

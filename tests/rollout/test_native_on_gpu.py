@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
 from test_native import EOS, MODELS, SIZE, expected, model_of, prompts, tokens
 
 from rlhf.models.decoder.parts import DecoderParts, decoder_parts
@@ -33,9 +35,10 @@ def parts_of(model: Any) -> DecoderParts:
     return replace(parts, shape=parts.shape.to("cuda"))
 
 
-def weights_of(parts: DecoderParts, *, own: bool) -> DecoderWeights:
+def weights_of(parts: DecoderParts, *, own: bool, copy: bool = True) -> DecoderWeights:
     """The weights, copied or as they are."""
-    return generation_weights(parts, vocab_limit=SIZE, rows=8, gather=lambda part: nullcontext(), own=own)
+    options: dict[str, Any] = {"rows": 8, "gather": lambda part: nullcontext()}
+    return generation_weights(parts, vocab_limit=SIZE, own=own, copy=copy, **options)
 
 
 def rollout(
@@ -44,8 +47,8 @@ def rollout(
     """Responses, in this process's cache."""
     settings = {"temperature": 0.0, "stop_ids": (EOS,), "max_new_tokens": 40} | options
     arena.fit(weights, slots=slots, length=72)
-    sampling, rows = Sampling(**settings), prompts()
-    return Batch(Decoder(weights=weights), arena, rows, torch.arange(len(rows)), sampling, graphs=graphs).run()
+    sampling, rows, streams = Sampling(**settings), prompts(), torch.arange(len(prompts()))
+    return Batch(Decoder(weights=weights), arena, rows, streams, sampling, slots=slots, graphs=graphs).run()
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -68,17 +71,61 @@ def test_recorded_steps_give_the_tokens_of_transformers(name: str) -> None:
 def test_graphs_are_kept_while_no_address_changes_and_made_anew_when_one_does() -> None:
     parts, arena, graphs = parts_of(on_gpu(model_of("bloom"))), Arena(), StepGraphs(record=True)
     wanted = tokens(rollout(weights_of(parts, own=False), Arena(), None))
-    first = None
     for _ in range(3):
         assert tokens(rollout(weights_of(parts, own=False), arena, graphs)) == wanted
-        assert graphs.recorded > 0
-        first = first or graphs.recorded
-        assert graphs.recorded >= first
+    kept = dict(graphs._graphs)
+    assert kept
+    assert tokens(rollout(weights_of(parts, own=False), arena, graphs)) == wanted
+    assert all(graphs._graphs[kind] is graph for kind, graph in kept.items())
     copied = weights_of(parts, own=True)
-    arena.release()
     assert tokens(rollout(copied, arena, graphs)) == wanted
+    assert not any(graph in kept.values() for graph in graphs._graphs.values())
     graphs.release()
     assert graphs.recorded == 0
+
+
+@pytest.mark.parametrize("copy", [True, False])
+@pytest.mark.parametrize("name", ["opt", "qwen2", "pythia"])
+def test_adapters_are_recorded_too(name: str, copy: bool) -> None:
+    model = model_of(name)
+    inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules="all-linear"), model)
+    for part, parameter in model.named_parameters():
+        if "lora_B" in part:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
+    parts, arena, graphs = parts_of(on_gpu(model)), Arena(), StepGraphs(record=True)
+    for _ in range(2):
+        assert tokens(rollout(weights_of(parts, own=False, copy=copy), arena, graphs)) == expected(model, prompts())
+    assert graphs.recorded > 0
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_recorded_steps_in_bf16_are_those_that_are_not(name: str) -> None:
+    weights = weights_of(parts_of(on_gpu(model_of(name)).bfloat16()), own=False)
+    graphs, arena = StepGraphs(record=True), Arena()
+    plain, found = rollout(weights, Arena(), StepGraphs(record=False)), rollout(weights, arena, graphs)
+    found = rollout(weights, arena, graphs)
+    assert graphs.recorded > 0
+    assert tokens(found) == tokens(plain)
+    for one, other in zip(found, plain, strict=True):
+        torch.testing.assert_close(one.logprobs, other.logprobs, atol=1e-3, rtol=0)
+
+
+def test_what_cannot_be_recorded_is_run_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    class Waiting(Decoder):
+        def decode(self, *args: Any, **options: Any) -> torch.Tensor:
+            logits = super().decode(*args, **options)
+            logits.sum().item()  # Waits for the device.
+            return logits
+
+    weights, graphs = weights_of(parts_of(on_gpu(model_of("llama"))), own=False), StepGraphs(record=True)
+    arena, wanted = Arena(), tokens(rollout(weights, Arena(), None))
+    arena.fit(weights, slots=8, length=72)
+    settings = Sampling(temperature=0.0, stop_ids=(EOS,), max_new_tokens=40)
+    batch = Batch(Waiting(weights=weights), arena, prompts(), torch.arange(8), settings, graphs=graphs)
+    assert tokens(batch.run()) == wanted
+    assert not graphs.record
+    assert "not recorded as CUDA graphs" in caplog.text
+    torch.cuda.empty_cache()  # The allocator knows that recording is over.
 
 
 def test_drawn_tokens_are_the_same_recorded_or_not() -> None:

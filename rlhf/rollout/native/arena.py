@@ -7,54 +7,51 @@ from rlhf.models.decoder.weights import DecoderWeights
 
 
 class Arena:
-    """Keys and values of every layer [slots, kv_heads, length, head_dim], reused from rollout to rollout.
+    """Keys and values of every layer, each [slots, kv_heads, length, head_dim], reused from rollout to rollout.
+
+    Both of a layer lie in one block of memory, `layers`, so that a token's are written at once.
 
     On a CPU a bf16 model's keys and values are kept in fp32 (their values are still those of bf16): attention with a
     few queries is then faster, because small products of bf16 matrices are converted first.
     """
 
     def __init__(self) -> None:
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers: list[Tensor] = []
         self.slots = self.length = 0
 
     def fit(self, weights: DecoderWeights, *, slots: int, length: int, dtype: torch.dtype | None = None) -> None:
         """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
         dtype = dtype or cache_dtype(weights)
-        shape = (slots, weights.kv_heads, length, weights.shape.head_dim)
-        old = self.keys[0] if self.keys else None
+        shape = (2, slots, weights.kv_heads, length, weights.shape.head_dim)
+        old = self.layers[0] if self.layers else None
         if (
             old is not None
-            and len(self.keys) == weights.shape.layers
+            and len(self.layers) == weights.shape.layers
             and (old.dtype, old.device) == (dtype, weights.device)
-            and (old.shape[1], old.shape[3]) == (shape[1], shape[3])
-            and old.shape[0] >= slots
-            and old.shape[2] >= length
+            and (old.shape[2], old.shape[4]) == (shape[2], shape[4])
+            and old.shape[1] >= slots
+            and old.shape[3] >= length
         ):
             return
         self.release()
         old = None
-        keys, values = (
-            [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
-            for _ in range(2)
-        )
-        self.keys, self.values = keys, values
+        self.layers = [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
         self.slots, self.length = slots, length
 
     def release(self) -> None:
         """Give the memory back."""
-        self.keys, self.values = [], []
+        self.layers = []
         self.slots = self.length = 0
 
     def move(self, source: int, target: int, *, length: int) -> None:
         """Copy the first tokens of one slot to another."""
-        for kept in (*self.keys, *self.values):
-            kept[target, :, :length] = kept[source, :, :length]
+        for kept in self.layers:
+            kept[:, target, :, :length] = kept[:, source, :, :length]
 
     @property
     def nbytes(self) -> int:
         """Its memory."""
-        return sum(kept.nbytes for kept in (*self.keys, *self.values))
+        return sum(kept.nbytes for kept in self.layers)
 
 
 def cache_dtype(weights: DecoderWeights) -> torch.dtype:

@@ -84,7 +84,7 @@ class NativeBackend:
                 copy=self.copies,
             )
             yield self._weights
-            self._keep_cache()
+            self._keep_cache(self._weights)
         except BaseException:
             self.release()
             raise
@@ -106,8 +106,10 @@ class NativeBackend:
         sampling, weights = self.sampling, self._weights
         assert weights is not None, "generate is called within mode"
         longest = max(map(len, rows)) + sampling.max_new_tokens
-        # Fast attention on a GPU wants multiples of eight.
-        slots = self._make_room(weights, count=len(rows), length=longest + -longest % 8)
+        # Fast attention on a GPU wants multiples of eight; no position may lie behind the model's last.
+        rounded = longest + -longest % 8
+        most = getattr(self.engine.module.config, "max_position_embeddings", None) or rounded
+        slots = self._make_room(weights, count=len(rows), length=rounded if rounded <= most else longest)
         stops = partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None
         decoder = Decoder(weights=weights, reduce=self.group.add_up if self.group is not None else None)
         agree = self.group.take_first if self.group is not None else None
@@ -130,11 +132,18 @@ class NativeBackend:
         self.arena.fit(weights, slots=slots, length=length)
         return slots
 
-    def _keep_cache(self) -> None:
-        """Give the cache back if it is to be."""
+    def _keep_cache(self, weights: DecoderWeights) -> None:
+        """Give the cache back if it is to be, and what was recorded with weights that are gone."""
+        if self.graphs is not None:
+            own = {parameter.data_ptr() for parameter in self.engine.module.parameters()}
+            tables = (table for table in (self.parts.shape.rotary, self.parts.shape.alibi) if table is not None)
+            own.update(table.data_ptr() for table in tables)
+            if any(tensor.data_ptr() not in own for tensor in weights.tensors()):
+                self.graphs.forget()
         release = self.sampling.release_cache
         if release is None:
-            large = bool(self.arena.keys) and self.arena.nbytes > KEPT_SHARE * free_bytes(self.arena.keys[0].device)
+            taken = self.arena.nbytes + (self.graphs.nbytes if self.graphs is not None else 0)
+            large = bool(self.arena.layers) and taken > KEPT_SHARE * free_bytes(weights.device)
             # Ranks that share the weights keep the same.
             release = any(self.group.gather_objects(large)) if self.group is not None else large
         if release:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -13,8 +14,8 @@ from rlhf.models.decoder.weights import DecoderWeights, LayerWeights
 from rlhf.rollout.native.arena import Arena
 
 Reduce = Callable[[Tensor], None]
-# Layer, queries [N, heads, head_dim], keys and values [N, kv_heads, head_dim] -> [N, heads * head_dim].
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+# Layer, queries [N, heads, head_dim], keys and then values [N, 2 * kv_heads, head_dim] -> [N, heads * head_dim].
+Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,9 +25,9 @@ class Decoder:
     weights: DecoderWeights
     reduce: Reduce | None = None
 
-    def prefill(self, prompts: list[Int[Tensor, " _"]], slots: Int[Tensor, " n"], arena: Arena) -> Float[Tensor, "n V"]:
-        """Run n prompts, fill their slots of the cache, and return the logits behind each, fp32."""
-        device = self.weights.device
+    def prefill(self, prompts: list[Int[Tensor, " _"]], first: int, arena: Arena) -> Float[Tensor, "n V"]:
+        """Run n prompts, fill the slots from `first` on, and return the logits behind each prompt, fp32."""
+        device, kv_heads = self.weights.device, self.weights.kv_heads
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         rows = torch.arange(len(prompts)).repeat_interleave(lengths)
         columns = torch.cat([torch.arange(len(prompt)) for prompt in prompts])
@@ -40,20 +41,20 @@ class Decoder:
             flat.index_copy_(0, places, values.flatten(1))
             return flat.view(count, longest, values.shape[1], values.shape[2]).transpose(1, 2)
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            wide_keys, wide_values = padded(keys), padded(values)
-            for kept, new in ((arena.keys[layer], wide_keys), (arena.values[layer], wide_values)):
-                kept[slots, :, :longest] = new.to(kept.dtype)
-                kept[slots, :, longest:] = 0  # What another sequence left there would count if it were not finite.
+        def attend(layer: int, queries: Tensor, both: Tensor) -> Tensor:
+            wide = padded(both)
+            kept = arena.layers[layer][:, first : first + count]
+            kept[..., :longest, :] = wide.view(count, 2, kv_heads, longest, -1).transpose(0, 1)
+            kept[..., longest:, :] = 0  # What another sequence left there would count if it were not finite.
             # A prompt's padding stands behind it, where none of its tokens looks.
             mixed = F.scaled_dot_product_attention(
                 padded(queries),
-                wide_keys,
-                wide_values,
+                wide[:, :kv_heads],
+                wide[:, kv_heads:],
                 attn_mask=bias,
                 is_causal=bias is None,
                 scale=self.weights.shape.scale,
-                enable_gqa=queries.shape[1] != keys.shape[1],
+                enable_gqa=queries.shape[1] != kv_heads,
             )
             return mixed.transpose(1, 2).reshape(count * longest, -1)[places]
 
@@ -68,34 +69,35 @@ class Decoder:
         `length` is above all positions.
         """
         shape, count = self.weights.shape, len(ids)
-        kv_heads = self.weights.kv_heads
-        heads = torch.arange(count * kv_heads, device=ids.device)
-        places = heads * arena.length + positions.repeat_interleave(kv_heads)
-        reached = torch.arange(length, device=ids.device) <= positions.view(count, 1, 1, 1)
-        dtype = arena.keys[0].dtype
-        bias = torch.zeros(reached.shape, dtype=dtype, device=ids.device).masked_fill_(~reached, -torch.inf)
-        alibi = self._alibi(length)
-        if alibi is not None:
-            bias = bias + alibi.view(1, kv_heads, -1, length).to(dtype)
+        kv_heads, dtype = self.weights.kv_heads, arena.layers[0].dtype
+        # A cache seen as rows: the keys of all slots and heads one behind the other, then the values.
+        heads = torch.arange(count * kv_heads, device=ids.device).view(count, kv_heads)
+        keys_at = heads * arena.length + positions.unsqueeze(1)
+        places = torch.cat([keys_at, keys_at + arena.slots * kv_heads * arena.length], dim=1).flatten()
+        bias = self._decode_bias(positions, length, dtype)
 
-        def attend(layer: int, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            for kept, new in ((arena.keys[layer], keys), (arena.values[layer], values)):
-                # A view: the slots are one behind the other, and so are their heads and positions.
-                kept.view(-1, shape.head_dim).index_copy_(0, places, new.reshape(-1, shape.head_dim).to(dtype))
-            all_keys, all_values = (kept[layer][:count, :, :length] for kept in (arena.keys, arena.values))
+        def attend(layer: int, queries: Tensor, both: Tensor) -> Tensor:
+            kept = arena.layers[layer]
+            kept.view(-1, shape.head_dim).index_copy_(0, places, both.reshape(-1, shape.head_dim))
+            all_keys, all_values = kept[:, :count, :, :length].unbind()
             # The queries of all heads that share keys stand where one head's tokens would.
-            grouped = queries.reshape(count, kv_heads, -1, shape.head_dim).to(dtype)
             if dtype is torch.float32:
-                scores = torch.bmm(grouped.flatten(0, 1), all_keys.flatten(0, 1).transpose(1, 2)).mul_(shape.scale)
-                shares = scores.view(count, kv_heads, -1, length).add_(bias).softmax(dim=-1)
-                mixed = torch.bmm(shares.flatten(0, 1), all_values.flatten(0, 1))
+                grouped = queries.reshape(count * kv_heads, -1, shape.head_dim)
+                turned = all_keys.flatten(0, 1).transpose(1, 2)
+                shares = torch.baddbmm(bias, grouped, turned, alpha=shape.scale).softmax(dim=-1)
+                mixed = torch.bmm(shares, all_values.flatten(0, 1))
             else:  # Its scores stay in fp32.
-                mixed = F.scaled_dot_product_attention(grouped, all_keys, all_values, attn_mask=bias, scale=shape.scale)
-            return mixed.reshape(count, -1).to(queries.dtype)
+                grouped = queries.reshape(count, kv_heads, -1, shape.head_dim)
+                wide = bias.view(count, kv_heads, -1, length)
+                mixed = F.scaled_dot_product_attention(grouped, all_keys, all_values, attn_mask=wide, scale=shape.scale)
+            return mixed.reshape(count, -1)
 
-        return self._logits(self._blocks(ids, positions, attend))
+        return self._logits(self._blocks(ids, positions, attend, kept_as=dtype))
 
-    def _blocks(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend) -> Float[Tensor, "N d"]:
+    def _blocks(
+        self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend, kept_as: torch.dtype | None = None
+    ) -> Float[Tensor, "N d"]:
+        """All blocks. Queries, keys and values are handed to `attend` in the format `kept_as`, if it is given."""
         weights, shape = self.weights, self.weights.shape
         x = F.embedding(ids, weights.embedding)
         if weights.embedding_norm is not None:
@@ -106,16 +108,22 @@ class Decoder:
             x = x + F.embedding(positions + shape.position_offset, weights.positions)
         turns = self._turns(positions, x.dtype)
         for index, layer in enumerate(weights.layers):
-            x = self._block(index, layer, x, turns, attend)
+            x = self._block(layer, x, turns, partial(attend, index), kept_as)
         if weights.final_norm is not None:
             x = weights.final_norm(x)
         return weights.project_out(x) if weights.project_out is not None else x
 
     def _block(
-        self, index: int, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend: Attend
+        self,
+        layer: LayerWeights,
+        x: Tensor,
+        turns: tuple[Tensor, Tensor] | None,
+        attend: Callable[[Tensor, Tensor], Tensor],
+        kept_as: torch.dtype | None,
     ) -> Tensor:
         shape = self.weights.shape
-        mixed = self._mixed(index, layer, x if shape.norm_after else layer.attention_norm(x), turns, attend)
+        queries, both = self._heads(layer, x if shape.norm_after else layer.attention_norm(x), turns, kept_as)
+        mixed = attend(queries, both).to(x.dtype)
         if shape.parallel:
             return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), self._added(layer.out, mixed, x))
         x = self._added(layer.out, mixed, x)
@@ -124,21 +132,21 @@ class Decoder:
             return layer.mlp_norm(self._added(layer.down, self._inner(layer, x), x))
         return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), x)
 
-    def _mixed(
-        self, index: int, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, attend: Attend
-    ) -> Tensor:
+    def _heads(
+        self, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, kept_as: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """Queries [N, heads, head_dim], and keys and then values [N, 2 * kv_heads, head_dim]."""
         shape, heads, kv_heads = self.weights.shape, self.weights.heads, self.weights.kv_heads
         joint = layer.qkv(x).view(len(x), heads + 2 * kv_heads, shape.head_dim)
-        if layer.query_norm is None and turns is not None:
+        if layer.query_norm is not None and layer.key_norm is not None:
+            queries, keys = layer.query_norm(joint[:, :heads]), layer.key_norm(joint[:, heads : heads + kv_heads])
+            joint = torch.cat([queries, keys, joint[:, heads + kv_heads :]], dim=1)
+        if turns is not None:
             turned = _turned(joint[:, : heads + kv_heads], turns)
-            queries, keys = turned[:, :heads], turned[:, heads:]
-        else:
-            queries, keys = joint[:, :heads], joint[:, heads : heads + kv_heads]
-            if layer.query_norm is not None and layer.key_norm is not None:
-                queries, keys = layer.query_norm(queries), layer.key_norm(keys)
-            if turns is not None:
-                queries, keys = _turned(queries, turns), _turned(keys, turns)
-        return attend(index, queries, keys, joint[:, heads + kv_heads :])
+            joint = torch.cat([turned, joint[:, heads + kv_heads :]], dim=1)
+        if kept_as is not None:
+            joint = joint.to(kept_as)
+        return joint[:, :heads], joint[:, heads:]
 
     def _inner(self, layer: LayerWeights, x: Tensor) -> Tensor:
         activation = self.weights.shape.activation
@@ -173,6 +181,18 @@ class Decoder:
             return None
         own = share.of(slopes, 0).to(self.weights.device)
         return (own.view(-1, 1, 1) * torch.arange(length, device=own.device)).to(self.weights.dtype)
+
+    def _decode_bias(self, positions: Int[Tensor, " n"], length: int, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores [n * kv_heads, 1 or heads that share keys, length]: -inf behind a position."""
+        count, kv_heads = len(positions), self.weights.kv_heads
+        later = torch.arange(length, device=positions.device) > positions.view(count, 1, 1, 1)
+        alibi = self._alibi(length)
+        if alibi is None:
+            base = torch.zeros(1, 1, 1, 1, dtype=dtype, device=positions.device)
+        else:
+            base = alibi.view(1, kv_heads, -1, length).to(dtype)
+        masked = base.masked_fill(later, -torch.inf)
+        return masked.expand(-1, kv_heads, -1, -1).reshape(count * kv_heads, -1, length)
 
     def _prefill_bias(self, length: int) -> Tensor | None:
         alibi = self._alibi(length)

@@ -9,6 +9,8 @@ for each rollout the steps are recorded anew.
 import gc
 import logging
 from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -18,7 +20,9 @@ from rlhf.rollout.native.slots import Slots, empty_slots
 from rlhf.rollout.sampling import Sampling
 
 _log = logging.getLogger(__name__)
-LENGTH_STEP = 64  # A graph reads this many tokens of the cache, or a multiple.
+LENGTH_STEP = 64  # A graph reads this many tokens of the cache, or a multiple; from 512 on an eighth of a power of two.
+MOST_GRAPHS = 64  # A graph takes memory beside torch's; beyond these, steps are run as they are.
+MOST_FAILURES = 2
 
 
 class StepGraphs:
@@ -28,90 +32,117 @@ class StepGraphs:
 
     Args:
         record: whether steps are recorded. Without, they are run in the same sizes.
+
+    Attributes:
+        nbytes: device memory that recording took, as far as torch knows it.
     """
 
     def __init__(self, *, record: bool) -> None:
-        self.record = record
+        self.record, self.nbytes = record, 0
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph] = {}
         self._met: set[tuple[int, int]] = set()
         self._fixed: tuple[int, ...] = ()
         self._slots: Slots | None = None
-        self._made_for: tuple[Sampling, int] | None = None
+        self._sampling: Sampling | None = None
         self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._failed: list[torch.cuda.CUDAGraph] = []  # The allocator may still refer to them.
 
     def slots(self, weights: DecoderWeights, arena: Arena, sampling: Sampling, size: int) -> Slots:
-        """Free slots for a rollout, the same as before where they can be; what was recorded elsewhere is forgotten."""
-        if self._slots is None or self._made_for != (sampling, size):
+        """Free slots for a rollout, those of before if they serve; what was recorded with others is forgotten."""
+        known = self._slots
+        if known is None or self._sampling != sampling or not size <= len(known.tokens) <= arena.slots:
             self.release()
-            self._slots, self._made_for = empty_slots(weights, sampling, size), (sampling, size)
-        self._slots.prompts.clear()
-        self._slots.lengths.clear()
-        cache = (*arena.keys, *arena.values)
-        fixed = (arena.length, *(tensor.data_ptr() for tensor in (*weights.tensors(), *cache)))
+            known, self._sampling = empty_slots(weights, sampling, size), sampling
+            self._slots = known
+        known.prompts.clear()
+        known.lengths.clear()
+        known.positions.zero_()  # Those that are not taken take part in steps, too.
+        fixed = (arena.length, *(tensor.data_ptr() for tensor in (*weights.tensors(), *arena.layers)))
         if fixed != self._fixed:
-            self._forget()
+            self.forget()
             self._fixed = fixed
-        return self._slots
+        return known
 
     def sizes(self, *, count: int, length: int, size: int, room: int) -> tuple[int, int]:
         """The sequences and the length of the cache of the step that is run instead of an exact one: few kinds."""
         wide = size
         while wide >= 2 * count:
             wide = -(-wide // 2)
-        return wide, min(room, -(-length // LENGTH_STEP) * LENGTH_STEP)
+        step = max(LENGTH_STEP, 1 << max(0, (length - 1).bit_length() - 3))
+        return wide, min(room, -(-length // step) * step)
 
     def step(self, kind: tuple[int, int], run: Callable[[], None]) -> None:
         """Run a step of a kind, or replay it. `run` must do on the device all that it does."""
         graph = self._graphs.get(kind)
-        if graph is None and (not self.record or kind not in self._met):
-            self._met.add(kind)
-            run()
-            return
-        if graph is None:
+        if graph is None and self.record and kind in self._met and len(self._graphs) < MOST_GRAPHS:
             graph = self._recorded(run)
-            if graph is None:
-                run()
-                return
-            self._graphs[kind] = graph
-        graph.replay()
+            if graph is not None:
+                self._graphs[kind] = graph
+        self._met.add(kind)
+        if graph is None:
+            run()
+        else:
+            graph.replay()
 
     @property
     def recorded(self) -> int:
         """How many kinds of steps are replayed."""
         return len(self._graphs)
 
-    def release(self) -> None:
-        """Give all memory back."""
-        self._forget()
-        self._slots, self._made_for, self._fixed = None, None, ()
-
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Give back what was recorded."""
         self._graphs.clear()
         self._met.clear()
+        self._pool, self.nbytes = None, 0
+
+    def release(self) -> None:
+        """Give all memory back."""
+        self.forget()
+        self._slots, self._sampling, self._fixed = None, None, ()
 
     def _recorded(self, run: Callable[[], None]) -> "torch.cuda.CUDAGraph | None":
-        graph, collects = torch.cuda.CUDAGraph(), gc.isenabled()
-        # One pool for all: nothing in it outlives a step.
-        pool = next((other.pool() for other in self._graphs.values()), None)
         present = torch.cuda.current_stream()
         beside = self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        if not self._graphs:
+            # Recording allocates from a pool of its own, and cannot take what torch keeps for others.
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            self._pool = torch.cuda.graph_pool_handle()  # One for all graphs: nothing in it outlives a step.
+        before, collects, graph = torch.cuda.memory_reserved(), gc.isenabled(), torch.cuda.CUDAGraph()
         beside.wait_stream(present)
         gc.disable()  # What it would free now would disturb the recording.
         try:
             with torch.cuda.stream(beside):
                 # Only this thread's calls count: NCCL's watchdog makes its own.
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
                     run()
-                finally:
-                    graph.capture_end()
+                except BaseException:
+                    with suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
         except RuntimeError as error:
-            self.record = False
-            reason = str(error).splitlines()[0]
-            _log.warning("steps of generation are not recorded as CUDA graphs, which is slower: %s", reason)
+            self._give_up(graph, error)
             return None
         finally:
             present.wait_stream(beside)
             if collects:
                 gc.enable()
+        self.nbytes += max(0, torch.cuda.memory_reserved() - before)
         return graph
+
+    def _give_up(self, graph: "torch.cuda.CUDAGraph", error: RuntimeError) -> None:
+        """Nothing that was recorded has run; the allocator is told that recording is over, if it does not know."""
+        device = torch.cuda.current_device()
+        with suppress(RuntimeError, AttributeError):
+            torch._C._cuda_endAllocateToPool(device, self._pool)
+            torch._C._cuda_releasePool(device, self._pool)
+        self._failed.append(graph)
+        self.forget()
+        if isinstance(error, torch.OutOfMemoryError) and len(self._failed) < MOST_FAILURES:
+            return
+        self.record = False
+        reason = str(error).splitlines()[0]
+        _log.warning("steps of generation are not recorded as CUDA graphs, which is slower: %s", reason)

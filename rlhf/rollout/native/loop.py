@@ -96,15 +96,14 @@ class Batch:
         while self.waiting and first + len(chosen) < self.size and (len(chosen) + 1) * longest <= PREFILL_TOKENS:
             chosen.append(self.waiting.pop())
         device = self.decoder.weights.device
-        taken = torch.arange(first, first + len(chosen), device=device)
         prompts = [self.prompts[index] for index in chosen]
-        logits = self.decoder.prefill(prompts, taken, self.arena)
+        logits = self.decoder.prefill(prompts, first, self.arena)
         slots.prompts += chosen
         slots.lengths += [len(prompt) for prompt in prompts]
         where = slice(first, first + len(chosen))
         slots.positions[where] = torch.tensor([len(prompt) for prompt in prompts], device=device) - 1
         slots.steps[where], slots.done[where] = 0, False
-        slots.uniforms[where] = self.uniforms[torch.tensor(chosen, device=device)]
+        slots.uniforms[where, :-1] = self.uniforms[torch.tensor(chosen, device=device)]
         if slots.seen is not None:
             slots.seen[where] = False
             for slot, prompt in enumerate(prompts, first):
@@ -118,7 +117,8 @@ class Batch:
         if self.graphs is None:
             self._advance(count, length)
         else:
-            kind = self.graphs.sizes(count=count, length=length, size=self.size, room=self.arena.length)
+            size, room = len(self.slots.tokens), self.arena.length
+            kind = self.graphs.sizes(count=count, length=length, size=size, room=room)
             self.graphs.step(kind, partial(self._advance, *kind))
         self._count_on(0)
 
@@ -144,16 +144,15 @@ class Batch:
             drawn = torch.stack([ids.double(), logprobs.double()])
             self.agree(drawn)
             ids, logprobs = drawn[0].long(), drawn[1].float()
-        rows = torch.arange(where.start, where.stop, device=ids.device)
         # A sequence that has ended but was not seen to writes on behind its end, where nothing is read.
-        place = steps.clamp(max=sampling.max_new_tokens - 1)
-        slots.ids[rows, place] = torch.where(slots.done[where], slots.ids[rows, place], ids)
-        slots.logprobs[rows, place] = torch.where(slots.done[where], slots.logprobs[rows, place], logprobs)
+        place = steps.unsqueeze(1)
+        slots.ids[where].scatter_(1, place, ids.unsqueeze(1))
+        slots.logprobs[where].scatter_(1, place, logprobs.unsqueeze(1))
         slots.steps[where] += (~slots.done[where]).long()
         stopped = (ids.unsqueeze(1) == slots.stop_ids).any(dim=1)
         slots.done[where] |= stopped | (slots.steps[where] >= sampling.max_new_tokens)
         slots.tokens[where] = ids
-        slots.positions[where] = (slots.positions[where] + 1).clamp(max=self.arena.length - 1)
+        slots.positions[where].add_(1).clamp_(max=self.arena.length - 1)
         if slots.seen is not None:
             slots.seen[where].scatter_(1, ids.unsqueeze(1), True)
 
@@ -173,7 +172,7 @@ class Batch:
         else:
             if sampling.restricted:
                 allowed = restrict(allowed, top_k=sampling.top_k, top_p=sampling.top_p, min_p=sampling.min_p)
-            uniforms = slots.uniforms[where].gather(1, steps.clamp(max=sampling.max_new_tokens - 1).unsqueeze(1))
+            uniforms = slots.uniforms[where].gather(1, steps.unsqueeze(1))
             ids, logprobs = draw(allowed, uniforms.squeeze(1))
             if allowed is logits:
                 return ids, logprobs

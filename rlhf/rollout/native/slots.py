@@ -12,7 +12,10 @@ from rlhf.rollout.sampling import Sampling
 
 @dataclass(slots=True)
 class Slots:
-    """The sequences in the batch, on the device. The first `count` slots are taken; the others hold what was left."""
+    """The sequences in the batch, on the device. The first `count` slots are taken; the others hold what was left.
+
+    M is one more than the longest response has tokens: a place for what is drawn after the last one.
+    """
 
     tokens: Int[Tensor, " S"]
     positions: Int[Tensor, " S"]
@@ -42,7 +45,7 @@ class Slots:
 
 def empty_slots(weights: DecoderWeights, sampling: Sampling, size: int) -> Slots:
     """Slots for so many sequences of a model, none taken."""
-    device, longest, vocabulary = weights.device, sampling.max_new_tokens, weights.head.features
+    device, places, vocabulary = weights.device, sampling.max_new_tokens + 1, weights.head.features
     known = [stop_id for stop_id in sampling.stop_ids if stop_id < vocabulary]
     penalised = sampling.repetition_penalty != 1.0
     return Slots(
@@ -50,9 +53,9 @@ def empty_slots(weights: DecoderWeights, sampling: Sampling, size: int) -> Slots
         positions=torch.zeros(size, dtype=torch.long, device=device),
         steps=torch.zeros(size, dtype=torch.long, device=device),
         done=torch.zeros(size, dtype=torch.bool, device=device),
-        uniforms=torch.zeros(size, longest, device=device),
-        ids=torch.zeros(size, longest, dtype=torch.long, device=device),
-        logprobs=torch.zeros(size, longest, device=device),
+        uniforms=torch.zeros(size, places, device=device),
+        ids=torch.zeros(size, places, dtype=torch.long, device=device),
+        logprobs=torch.zeros(size, places, device=device),
         seen=torch.zeros(size, vocabulary, dtype=torch.bool, device=device) if penalised else None,
         stop_ids=torch.tensor(known, dtype=torch.long, device=device),
     )
