@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _CHUNK = 256
+_CACHED = 1 << 18  # Numbers in fp32, of which some copies should stay in a core's cache.
 _WORD = 1 << 64
 
 
@@ -36,22 +37,35 @@ def draw(logits: Float[Tensor, "n V"], uniforms: Float[Tensor, " n"]) -> tuple[I
     The function is added up in chunks first, so that only one of them is gone through token by token.
 
     Args:
-        logits: fp32.
+        logits: of any format; the arithmetic is fp32.
         uniforms: numbers in [0, 1).
 
     Returns:
         ids [n], and the log-probability of each in nats [n].
     """
-    top = logits.amax(dim=1, keepdim=True)
-    weights = torch.exp(logits - top)
-    rest = -weights.shape[1] % _CHUNK
-    chunks = (torch.nn.functional.pad(weights, (0, rest)) if rest else weights).view(len(weights), -1, _CHUNK)
-    sums = chunks.sum(dim=2)
+    # On a CPU as many rows at once as its caches hold.
+    together = len(logits)
+    if logits.device.type == "cpu":
+        together = max(1, _CACHED * torch.get_num_threads() // logits.shape[1])
+    parts = [_chunk_sums(logits[first : first + together]) for first in range(0, len(logits), together)]
+    top, sums = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
     chunk, wanted, total = _place(sums, uniforms.unsqueeze(1))
-    inside = chunks.gather(1, chunk.unsqueeze(2).expand(-1, 1, _CHUNK)).squeeze(1)
+    ids = chunk * _CHUNK + torch.arange(_CHUNK, device=logits.device)
+    outside = ids >= logits.shape[1]
+    inside = (logits.gather(1, ids.clamp(max=logits.shape[1] - 1)).float() - top).exp_().masked_fill_(outside, 0.0)
     place, _, _ = _place(inside, None, wanted=wanted)
-    ids = (chunk * _CHUNK + place).squeeze(1)
-    return ids, (logits.gather(1, ids.unsqueeze(1)) - top - total.log()).squeeze(1)
+    drawn = ids.gather(1, place)
+    return drawn.squeeze(1), (logits.gather(1, drawn).float() - top - total.log()).squeeze(1)
+
+
+def _chunk_sums(logits: Float[Tensor, "n V"]) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n C"]]:
+    """Each row's largest logit, and the sums over chunks of what the others weigh relative to it."""
+    values = logits.float()
+    top = values.amax(dim=1, keepdim=True)
+    weights = torch.sub(values, top).exp_()
+    whole = weights.shape[1] // _CHUNK * _CHUNK
+    sums = weights[:, :whole].view(len(weights), -1, _CHUNK).sum(dim=2)
+    return top, sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def _place(

@@ -3,20 +3,16 @@
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
-from transformers.activations import ACT2FN
 
-from rlhf.models.decoder.parts import DecoderParts, LayerParts, Shape, UnsupportedModelError
+from rlhf.models.decoder.layers import Adapter, Apart, Norm, Projection, kept_tensor, packs
+from rlhf.models.decoder.parts import DecoderParts, LayerParts, Shape
 
-# Activations that oneDNN applies to what a multiplication returns: its name for them, and its algorithm.
-_FUSED = {"relu": ("relu", ""), "silu": ("swish", ""), "gelu": ("gelu", "none"), "gelu_pytorch_tanh": ("gelu", "tanh")}
 Gather = Callable[[nn.Module], AbstractContextManager[None]]
 
 
@@ -30,92 +26,6 @@ class Share:
     def of(self, tensor: Tensor, dim: int) -> Tensor:
         """This process's part of a tensor."""
         return tensor.chunk(self.ranks, dim=dim)[self.rank] if self.ranks > 1 else tensor
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Adapter:
-    """What is added to a projection: scale * x down^T up^T (Hu et al. 2021). `down` is [rank, in], `up` [out, rank]."""
-
-    down: Tensor
-    up: Tensor
-    scale: float
-
-
-class Projection:
-    """x W^T + b, and what adapters add that are not merged into W.
-
-    Without these a bf16 weight is packed on a CPU as oneDNN likes it, which is faster for batches of about `rows`;
-    None: the weight is left as it is.
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, *, rows: int | None, adapters: tuple[Adapter, ...] = ()
-    ) -> None:
-        self.features = weight.shape[0]
-        self.bias = bias
-        self.adapters = tuple(
-            replace(adapter, down=adapter.down.to(weight.dtype), up=adapter.up.to(weight.dtype)) for adapter in adapters
-        )
-        self.packed = rows is not None and not adapters and _packs(weight)
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight, rows) if self.packed else weight
-
-    def __call__(
-        self, x: Tensor, *, activation: str | None = None, add: Tensor | None = None, times: Tensor | None = None
-    ) -> Tensor:
-        """[N, in] to [N, out]: activation(x W^T + b), or with something added to or multiplied by it."""
-        if not self.packed:
-            y = F.linear(x, self.weight, self.bias)
-            for adapter in self.adapters:
-                y = torch.addmm(y, F.linear(x, adapter.down), adapter.up.t(), alpha=adapter.scale)
-            if activation is not None:
-                y = _activation(activation)(y)
-            return y + add if add is not None else y * times if times is not None else y
-        multiply = torch.ops.mkldnn._linear_pointwise
-        if add is not None or times is not None:
-            other, how = (add, "add") if add is not None else (times, "mul")
-            result: Tensor = multiply.binary(x, other, self.weight, self.bias, how)
-        elif activation in _FUSED:
-            name, algorithm = _FUSED[activation]
-            result = multiply(x, self.weight, self.bias, name, [], algorithm)
-        else:
-            result = multiply(x, self.weight, self.bias, "none", [], "")
-            result = _activation(activation)(result) if activation is not None else result
-        return result
-
-
-class Apart:
-    """Queries, keys and values from weights that are left as they are: several projections, or one head by head."""
-
-    def __init__(self, projections: tuple[Projection, ...], *, per_head: int | None) -> None:
-        self.projections, self.per_head = projections, per_head
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[N, in] to [N, out]: all queries, then all keys, then all values."""
-        parts = [projection(x) for projection in self.projections]
-        if self.per_head is None:
-            return torch.cat(parts, dim=1)
-        return parts[0].view(len(x), self.per_head, 3, -1).transpose(1, 2).reshape(len(x), -1)
-
-
-class Norm:
-    """A layer norm or a root-mean-square norm."""
-
-    def __init__(self, module: nn.Module, *, own: bool) -> None:
-        centred = isinstance(module, nn.LayerNorm)
-        epsilon: Any = getattr(module, "eps" if centred else "variance_epsilon", None)
-        if epsilon is None:
-            raise UnsupportedModelError(f"norms of class {type(module).__name__}")
-        self.epsilon = float(epsilon)
-        self.weight: Tensor = _kept(module.weight, own)
-        self.bias: Tensor | None = _kept(getattr(module, "bias", None), own) if centred else None
-        self.centred = centred
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[..., d] to [..., d]."""
-        shape = (x.shape[-1],)
-        if self.centred:
-            return F.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
-        return F.rms_norm(x, shape, self.weight, self.epsilon)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,14 +117,14 @@ def generation_weights(
         with gather(layer.module):
             layers.append(reader.layer(layer))
     with gather(nn.ModuleList(parts.outer())):
-        embedding = _kept(base(parts.embedding)[0], own)
+        embedding = kept_tensor(base(parts.embedding)[0], own)
         tied = base(parts.head)[0] is base(parts.embedding)[0] and (not copy or not adapters(parts.head))
         output = reader.head(parts.head, embedding if tied else None, vocab_limit)
         return DecoderWeights(
             shape=parts.shape,
             share=share,
             embedding=embedding,
-            positions=_kept(base(parts.positions)[0], own) if parts.positions is not None else None,
+            positions=kept_tensor(base(parts.positions)[0], own) if parts.positions is not None else None,
             embedding_norm=reader.norm(parts.embedding_norm),
             project_in=reader.whole(parts.project_in),
             project_out=reader.whole(parts.project_out),
@@ -234,13 +144,13 @@ class _Reader:
     own: bool
 
     def projection(self, weight: Tensor, bias: Tensor | None) -> Projection:
-        return Projection(_kept(weight, self.own), _kept(bias, self.own), rows=self.rows)
+        return Projection(kept_tensor(weight, self.own), kept_tensor(bias, self.own), rows=self.rows)
 
     def module(self, module: nn.Module) -> Projection:
         if self.rows is not None:
             return self.projection(*dense(module))
         weight, bias = base(module)
-        return Projection(weight.detach(), _kept(bias, False), rows=None, adapters=adapters(module))
+        return Projection(weight.detach(), kept_tensor(bias, False), rows=None, adapters=adapters(module))
 
     def whole(self, module: nn.Module | None) -> Projection | None:
         return self.module(module) if module is not None else None
@@ -248,8 +158,8 @@ class _Reader:
     def head(self, module: nn.Module, tied: Tensor | None, vocab_limit: int) -> Projection:
         """The output layer's first rows; `tied` is a weight that is shared with the embedding."""
         weight, bias = base(module) if self.rows is None else dense(module)
-        weight = (_kept(weight, self.own) if tied is None else tied)[:vocab_limit]
-        bias = None if bias is None else _kept(bias[:vocab_limit], self.own)
+        weight = (kept_tensor(weight, self.own) if tied is None else tied)[:vocab_limit]
+        bias = None if bias is None else kept_tensor(bias[:vocab_limit], self.own)
         beside = () if self.rows is not None else adapters(module)
         cut = tuple(replace(adapter, up=adapter.up[:vocab_limit]) for adapter in beside)
         return Projection(weight, bias, rows=self.rows, adapters=cut)
@@ -273,7 +183,7 @@ class _Reader:
         return self.projection(self.share.of(weight, 1), bias if self.share.rank == 0 else None)
 
     def qkv(self, modules: tuple[nn.Module, ...]) -> Projection | Apart:
-        copied = self.own or _packs(base(modules[0])[0]) or any(map(adapters, modules))
+        copied = self.own or packs(base(modules[0])[0]) or any(map(adapters, modules))
         if self.rows is None or not copied:
             apart = tuple(map(self.module, modules))
             return Apart(apart, per_head=self.shape.heads if self.shape.per_head else None)
@@ -357,13 +267,15 @@ def plain_weights(model: nn.Module, *, gather: Gather, own: bool) -> Iterator[tu
                 weight, bias = dense(layer)
                 found = {"weight": weight, "bias": bias}
                 yield from (
-                    (f"{name}.{part}", _kept(own_part, own)) for part, own_part in found.items() if own_part is not None
+                    (f"{name}.{part}", kept_tensor(own_part, own))
+                    for part, own_part in found.items()
+                    if own_part is not None
                 )
         elif any(parameter is not None for parameter in module._parameters.values()):
             with gather(module):
                 for part, parameter in module._parameters.items():
                     if parameter is not None:
-                        yield f"{name}.{part}", _kept(parameter, own)
+                        yield f"{name}.{part}", kept_tensor(parameter, own)
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:
@@ -378,23 +290,3 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Projection | Apart | Norm):
         for part in vars(value).values():
             yield from _tensors(part)
-
-
-@cache
-def _activation(name: str) -> Any:
-    return ACT2FN[name]
-
-
-def _kept(tensor: Any, own: bool) -> Any:
-    """A tensor as it is, or a copy that nobody else changes."""
-    if tensor is None:
-        return None
-    return tensor.detach().clone(memory_format=torch.contiguous_format) if own else tensor.detach()
-
-
-def _packs(weight: Tensor) -> bool:
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and _can_pack()
-
-
-def _can_pack() -> bool:
-    return bool(torch._C._has_mkldnn) and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())

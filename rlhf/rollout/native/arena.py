@@ -10,18 +10,15 @@ class Arena:
     """Keys and values of every layer, each [slots, kv_heads, length, head_dim], reused from rollout to rollout.
 
     Both of a layer lie in one block of memory, `layers`, so that a token's are written at once.
-
-    On a CPU a bf16 model's keys and values are kept in fp32 (their values are still those of bf16): attention with a
-    few queries is then faster, because small products of bf16 matrices are converted first.
     """
 
     def __init__(self) -> None:
         self.layers: list[Tensor] = []
         self.slots = self.length = 0
 
-    def fit(self, weights: DecoderWeights, *, slots: int, length: int, dtype: torch.dtype | None = None) -> None:
+    def fit(self, weights: DecoderWeights, *, slots: int, length: int) -> None:
         """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
-        dtype = dtype or cache_dtype(weights)
+        dtype = weights.dtype
         shape = (2, slots, weights.kv_heads, length, weights.shape.head_dim)
         old = self.layers[0] if self.layers else None
         if (
@@ -54,13 +51,8 @@ class Arena:
         return sum(kept.nbytes for kept in self.layers)
 
 
-def cache_dtype(weights: DecoderWeights) -> torch.dtype:
-    """The format of the cache."""
-    return torch.float32 if weights.device.type == "cpu" else weights.dtype
-
-
 def bytes_per_token(weights: DecoderWeights) -> int:
     """Memory of one token's keys and values."""
     shape = weights.shape
     each = shape.layers * weights.kv_heads * shape.head_dim
-    return 2 * each * torch.finfo(cache_dtype(weights)).bits // 8
+    return 2 * each * torch.finfo(weights.dtype).bits // 8

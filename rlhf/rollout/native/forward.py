@@ -26,7 +26,7 @@ class Decoder:
     reduce: Reduce | None = None
 
     def prefill(self, prompts: list[Int[Tensor, " _"]], first: int, arena: Arena) -> Float[Tensor, "n V"]:
-        """Run n prompts, fill the slots from `first` on, and return the logits behind each prompt, fp32."""
+        """Run n prompts, fill the slots from `first` on, and return the logits behind each prompt."""
         device, kv_heads = self.weights.device, self.weights.kv_heads
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         rows = torch.arange(len(prompts)).repeat_interleave(lengths)
@@ -64,40 +64,30 @@ class Decoder:
     def decode(
         self, ids: Int[Tensor, " n"], positions: Int[Tensor, " n"], arena: Arena, *, length: int
     ) -> Float[Tensor, "n V"]:
-        """Run one token of each of the first n slots, at its position, and return the logits behind it, fp32.
+        """Run one token of each of the first n slots, at its position, and return the logits behind it.
 
         `length` is above all positions.
         """
         shape, count = self.weights.shape, len(ids)
-        kv_heads, dtype = self.weights.kv_heads, arena.layers[0].dtype
+        kv_heads = self.weights.kv_heads
         # A cache seen as rows: the keys of all slots and heads one behind the other, then the values.
         heads = torch.arange(count * kv_heads, device=ids.device).view(count, kv_heads)
         keys_at = heads * arena.length + positions.unsqueeze(1)
         places = torch.cat([keys_at, keys_at + arena.slots * kv_heads * arena.length], dim=1).flatten()
-        bias = self._decode_bias(positions, length, dtype)
+        bias = self._decode_bias(positions, length)
 
         def attend(layer: int, queries: Tensor, both: Tensor) -> Tensor:
             kept = arena.layers[layer]
             kept.view(-1, shape.head_dim).index_copy_(0, places, both.reshape(-1, shape.head_dim))
-            all_keys, all_values = kept[:, :count, :, :length].unbind()
+            keys, values = kept[:, :count, :, :length].unbind()
             # The queries of all heads that share keys stand where one head's tokens would.
-            if dtype is torch.float32:
-                grouped = queries.reshape(count * kv_heads, -1, shape.head_dim)
-                turned = all_keys.flatten(0, 1).transpose(1, 2)
-                shares = torch.baddbmm(bias, grouped, turned, alpha=shape.scale).softmax(dim=-1)
-                mixed = torch.bmm(shares, all_values.flatten(0, 1))
-            else:  # Its scores stay in fp32.
-                grouped = queries.reshape(count, kv_heads, -1, shape.head_dim)
-                wide = bias.view(count, kv_heads, -1, length)
-                mixed = F.scaled_dot_product_attention(grouped, all_keys, all_values, attn_mask=wide, scale=shape.scale)
+            grouped = queries.reshape(count, kv_heads, -1, shape.head_dim)
+            mixed = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=bias, scale=shape.scale)
             return mixed.reshape(count, -1)
 
-        return self._logits(self._blocks(ids, positions, attend, kept_as=dtype))
+        return self._logits(self._blocks(ids, positions, attend))
 
-    def _blocks(
-        self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend, kept_as: torch.dtype | None = None
-    ) -> Float[Tensor, "N d"]:
-        """All blocks. Queries, keys and values are handed to `attend` in the format `kept_as`, if it is given."""
+    def _blocks(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend) -> Float[Tensor, "N d"]:
         weights, shape = self.weights, self.weights.shape
         x = F.embedding(ids, weights.embedding)
         if weights.embedding_norm is not None:
@@ -108,7 +98,7 @@ class Decoder:
             x = x + F.embedding(positions + shape.position_offset, weights.positions)
         turns = self._turns(positions, x.dtype)
         for index, layer in enumerate(weights.layers):
-            x = self._block(layer, x, turns, partial(attend, index), kept_as)
+            x = self._block(layer, x, turns, partial(attend, index))
         if weights.final_norm is not None:
             x = weights.final_norm(x)
         return weights.project_out(x) if weights.project_out is not None else x
@@ -119,11 +109,10 @@ class Decoder:
         x: Tensor,
         turns: tuple[Tensor, Tensor] | None,
         attend: Callable[[Tensor, Tensor], Tensor],
-        kept_as: torch.dtype | None,
     ) -> Tensor:
         shape = self.weights.shape
-        queries, both = self._heads(layer, x if shape.norm_after else layer.attention_norm(x), turns, kept_as)
-        mixed = attend(queries, both).to(x.dtype)
+        queries, both = self._heads(layer, x if shape.norm_after else layer.attention_norm(x), turns)
+        mixed = attend(queries, both)
         if shape.parallel:
             return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), self._added(layer.out, mixed, x))
         x = self._added(layer.out, mixed, x)
@@ -132,9 +121,7 @@ class Decoder:
             return layer.mlp_norm(self._added(layer.down, self._inner(layer, x), x))
         return self._added(layer.down, self._inner(layer, layer.mlp_norm(x)), x)
 
-    def _heads(
-        self, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None, kept_as: torch.dtype | None
-    ) -> tuple[Tensor, Tensor]:
+    def _heads(self, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries [N, heads, head_dim], and keys and then values [N, 2 * kv_heads, head_dim]."""
         shape, heads, kv_heads = self.weights.shape, self.weights.heads, self.weights.kv_heads
         joint = layer.qkv(x).view(len(x), heads + 2 * kv_heads, shape.head_dim)
@@ -144,8 +131,6 @@ class Decoder:
         if turns is not None:
             turned = _turned(joint[:, : heads + kv_heads], turns)
             joint = torch.cat([turned, joint[:, heads + kv_heads :]], dim=1)
-        if kept_as is not None:
-            joint = joint.to(kept_as)
         return joint[:, :heads], joint[:, heads:]
 
     def _inner(self, layer: LayerWeights, x: Tensor) -> Tensor:
@@ -162,7 +147,7 @@ class Decoder:
         return part + residual
 
     def _logits(self, hidden: Float[Tensor, "n d"]) -> Float[Tensor, "n V"]:
-        return self.weights.head(hidden).float()
+        return self.weights.head(hidden)
 
     def _turns(self, positions: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Cosines and signed sines [N, 1, rotary dimensions] of rotary positions (Su et al. 2021)."""
@@ -182,17 +167,15 @@ class Decoder:
         own = share.of(slopes, 0).to(self.weights.device)
         return (own.view(-1, 1, 1) * torch.arange(length, device=own.device)).to(self.weights.dtype)
 
-    def _decode_bias(self, positions: Int[Tensor, " n"], length: int, dtype: torch.dtype) -> Tensor:
-        """What is added to the scores [n * kv_heads, 1 or heads that share keys, length]: -inf behind a position."""
-        count, kv_heads = len(positions), self.weights.kv_heads
-        later = torch.arange(length, device=positions.device) > positions.view(count, 1, 1, 1)
+    def _decode_bias(self, positions: Int[Tensor, " n"], length: int) -> Tensor:
+        """What is added to scores [n, kv_heads or 1, heads that share keys or 1, length]: -inf behind a position."""
+        later = torch.arange(length, device=positions.device) > positions.view(-1, 1, 1, 1)
         alibi = self._alibi(length)
         if alibi is None:
-            base = torch.zeros(1, 1, 1, 1, dtype=dtype, device=positions.device)
+            base = torch.zeros(1, 1, 1, 1, dtype=self.weights.dtype, device=positions.device)
         else:
-            base = alibi.view(1, kv_heads, -1, length).to(dtype)
-        masked = base.masked_fill(later, -torch.inf)
-        return masked.expand(-1, kv_heads, -1, -1).reshape(count * kv_heads, -1, length)
+            base = alibi.view(1, self.weights.kv_heads, -1, length)
+        return base.masked_fill(later, -torch.inf)
 
     def _prefill_bias(self, length: int) -> Tensor | None:
         alibi = self._alibi(length)

@@ -137,6 +137,8 @@ class Batch:
         """Choose and note the next token of some slots."""
         slots, sampling = self.slots, self.sampling
         steps = slots.steps[where]
+        if not (sampling.unbiased and sampling.temperature == 1.0):  # Else they are taken as they are.
+            logits = logits.float()
         if sampling.temperature not in (0.0, 1.0):
             logits = logits / sampling.temperature
         ids, logprobs = self._chosen(logits, where, steps)
