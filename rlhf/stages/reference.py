@@ -31,7 +31,8 @@ value came from.
 
 The defaults below are those of the typed fields. A choice of a group sets its own over them, and so do the values that
 are tuned for a stage and a model, `conf/tuned/STAGE-MODEL.yaml`, and over those the ones for adapters,
-`conf/tuned/lora/STAGE-MODEL-LORA.yaml`, and for a piece of hardware, `conf/tuned/hardware/STAGE-MODEL-HARDWARE.yaml`.
+`conf/tuned/lora/STAGE-MODEL-LORA.yaml`, and for a piece of hardware, `conf/tuned/hardware/STAGE-MODEL-HARDWARE.yaml`;
+a scorer's are in `conf/tuned/scorer/SCORER-MODEL-LORA.yaml`.
 `NAME` in a key stands for a name that you choose yourself."""
 _WORDS: dict[Any, str] = {
     bool: "`true` or `false`",
