@@ -245,7 +245,8 @@ class MemoryConfig:
 
     zero_stage: int | None = option(
         None,
-        "ZeRO stage of the trained models: 0 to 3; null: the first of 1, 2, 3 that the hardware can hold.",
+        "ZeRO stage of the trained models: 0 to 3; null: the first of 1, 2, 3 that the hardware can hold, "
+        "on one rank 0 (in fp16 1).",
         minimum=0,
         maximum=3,
     )

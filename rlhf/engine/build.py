@@ -12,9 +12,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
+from rlhf.config.errors import ConfigError
 from rlhf.config.roles import Role
 from rlhf.config.schema import MemoryConfig, OptimizerConfig, Precision, Schedule
 from rlhf.launcher.ds_config import deepspeed_config
+from rlhf.planner.memory import FP16_NEEDS_ZERO
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
 
@@ -50,8 +52,14 @@ def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: 
 
     Returns:
         The engine, in training mode for trained roles with dropout as the model has it, else in evaluation mode.
+
+    Raises:
+        ConfigError: a role is to be trained in fp16 without ZeRO, where DeepSpeed 0.19 divides the gradients by a loss
+            scale that it has not applied.
     """
     config = deepspeed_config(role, memory=memory, ranks=ranks)
+    if role.optimizer is not None and "fp16" in config and config["zero_optimization"]["stage"] == 0:
+        raise ConfigError(f"memory.zero_stage=0: {FP16_NEEDS_ZERO}: use memory.zero_stage=1 or more")
     if role.optimizer is None:
         module.requires_grad_(False)
         module.eval()

@@ -24,6 +24,7 @@ GIB = 1024**3
 # The device's context, communication buffers and fragmentation, per GPU; on a CPU the Python process.
 RESERVE_GIB = {Accelerator.cuda: 4.7, Accelerator.cpu: 0.5}
 ACTIVATION_SHARE = 0.15
+FP16_NEEDS_ZERO = "without ZeRO DeepSpeed does not scale the loss of fp16"
 _FP32 = 4
 
 
@@ -214,10 +215,11 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
 def choose_zero_stage(config: Config) -> int:
     """The first ZeRO stage whose states leave room for activations in every stage of the run; 0 on one rank.
 
-    One rank has nothing to share; on several, ZeRO-1 costs no more communication than ZeRO-0.
+    One rank has nothing to share, but in fp16 it needs ZeRO's loss scaling; on several, ZeRO-1 costs no more
+    communication than ZeRO-0.
     """
     if ranks_of(config) == 1:
-        return 0
+        return 1 if config.memory.precision is Precision.fp16 else 0
     for zero_stage in (1, 2, 3):
         tried = replace(config, memory=replace(config.memory, zero_stage=zero_stage))
         estimates = [stage_memory(tried, stage) for stage in substages(config.stage)]
@@ -317,6 +319,16 @@ def rollout_problems(config: Config) -> Iterator[str]:
             f"{key}: does not divide the model's {shape.num_heads} heads and {shape.num_kv_heads or shape.num_heads} "
             "heads of keys and values"
         )
+
+
+def precision_problems(config: Config) -> Iterator[str]:
+    """Say where fp16 would be trained with gradients that DeepSpeed divides by a scale which it never applied."""
+    if config.memory.precision is not Precision.fp16:
+        return
+    roles = [role for stage in substages(config.stage) for role in stage.roles() if role.optimizer is not None]
+    for name in dict.fromkeys(role.name for role in roles):
+        if config.memory.of_role(name, trained=True).zero_stage == 0:
+            yield f"memory.zero_stage=0: {FP16_NEEDS_ZERO} ({name}): use memory.zero_stage=1 or more"
 
 
 def mix_problems(config: Config) -> Iterator[str]:

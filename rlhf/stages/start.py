@@ -24,7 +24,15 @@ from rlhf.launcher.rundir import CONFIG, DATA, PLAN, check_free, check_run_dir, 
 from rlhf.launcher.store import FOLDER, StageStore
 from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
-from rlhf.planner.memory import GIB, memory_problems, mix_problems, ranks_of, rollout_problems, stage_memory
+from rlhf.planner.memory import (
+    GIB,
+    memory_problems,
+    mix_problems,
+    precision_problems,
+    ranks_of,
+    rollout_problems,
+    stage_memory,
+)
 from rlhf.rollout.scorers import scorer_problems
 from rlhf.rollout.scorers.function import check_reference
 from rlhf.stages import stage_config_class
@@ -84,7 +92,7 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
         # These compute with the values, so that values that cannot be come first.
         problems += [*length_problems(config), *directory_problems(config, config.stage)]
         problems += [*adapter_problems(config), *packing_problems(config), *mix_problems(config)]
-        problems += rollout_problems(config)
+        problems += [*rollout_problems(config), *precision_problems(config)]
         problems += memory_problems(config) if must_fit else []
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)

@@ -171,6 +171,20 @@ def test_objectives_are_added_by_their_weights_and_measured_apart(two_ranks: dic
     assert facts["norms_apart"] > 0.1  # or they could be mistaken for one another
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fp16_scales_its_loss_and_gives_nearly_the_same(two_ranks: dict[str, Any], stage: int) -> None:
+    if not two_ranks["fp16"]:
+        pytest.skip("this processor does not compute in fp16")
+    mixed, average = two_ranks[f"mixed_zero{stage}_fp16"], two_ranks[f"ema_zero{stage}_fp16"]
+    assert mixed["norm_error"] < 2e-3  # Without the scale, as in fp32.
+    assert mixed["difference"] < 2e-2
+    assert average["error"] <= 1e-3 and average["lag"] > 1e-2 and average["resumed"] == 1.0
+
+
+def test_fp16_without_zero_is_refused(two_ranks: dict[str, Any]) -> None:
+    assert "does not scale the loss of fp16: use memory.zero_stage=1 or more" in two_ranks["fp16_refused"]
+
+
 @pytest.mark.parametrize(("name", "size"), [("grpo", 2), ("rloo", 4), ("reinforce_pp", 1)])
 def test_variants_share_the_loop_and_need_no_critic(two_ranks: dict[str, Any], name: str, size: int) -> None:
     facts = two_ranks[name]

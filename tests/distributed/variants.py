@@ -6,15 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from deepspeed.utils import safe_get_full_fp32_param
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from rlhf.batch import PromptBatch, Rollout, SFTBatch
+from rlhf.config.errors import ConfigError
 from rlhf.config.policy import EmaConfig, PtxConfig, PtxMode
 from rlhf.config.roles import Role
-from rlhf.config.schema import Config, MemoryConfig, ScorerConfig
+from rlhf.config.schema import Config, MemoryConfig, Precision, ScorerConfig
 from rlhf.engine.build import DTYPES, build_engine, partitioned_loading
 from rlhf.engine.distributed import all_reduce_max, all_reduce_sum, rank, seed_everything, world_size
 from rlhf.engine.ema import WeightAverage
@@ -219,8 +221,17 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, batch: SFTBatch,
         facts[f"ema_zero{stage}_fp32"] = ema_facts(folder, memory, role, batch)
         facts[f"mixed_zero{stage}"] = mixed_facts(folder, memory, single, batch)
     for stage in (0, 3):
-        memory = replace(config.memory, zero_stage=stage, precision=type(config.memory.precision).bf16)
+        memory = replace(config.memory, zero_stage=stage, precision=Precision.bf16)
         facts[f"ema_zero{stage}_bf16"] = ema_facts(folder, memory, role, batch)
+    facts["fp16"] = float(get_accelerator().is_fp16_supported())
+    for stage in (1, 2, 3) if facts["fp16"] else ():
+        memory = replace(config.memory, zero_stage=stage, precision=Precision.fp16)
+        facts[f"ema_zero{stage}_fp16"] = ema_facts(folder, memory, role, batch)
+        facts[f"mixed_zero{stage}_fp16"] = mixed_facts(folder, memory, single, batch)
+    try:
+        policy_engine(folder, role, replace(config.memory, zero_stage=0, precision=Precision.fp16))
+    except ConfigError as error:
+        facts["fp16_refused"] = str(error)
     options: dict[str, Any] = {
         name: getattr(config.stage, name)
         for name in ("rollout_batch_size", "mini_batch_size", "micro_batch_size_per_gpu", "optimizer")

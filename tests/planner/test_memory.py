@@ -24,6 +24,7 @@ from rlhf.planner.memory import (
     choose_zero_stage,
     decodes_in_place,
     memory_problems,
+    precision_problems,
     rollout_problems,
     rollout_ranks,
     stage_memory,
@@ -210,6 +211,23 @@ def test_the_first_zero_stage_that_fits_is_chosen(share: float, expected: int) -
     assert choose_zero_stage(holding(1, share)) == 0
     two_machines = holding(4, share)
     assert choose_zero_stage(replace(two_machines, hardware=replace(two_machines.hardware, nodes=2))) == expected
+
+
+def test_fp16_is_trained_under_zero_which_scales_its_loss() -> None:
+    half = holding(1, 16.0)
+    half = replace(half, memory=replace(half.memory, precision=Precision.fp16))
+    assert choose_zero_stage(half) == 1
+    plain = replace(half, memory=replace(half.memory, zero_stage=0))
+    (problem,) = precision_problems(plain)
+    assert problem.endswith("does not scale the loss of fp16 (model): use memory.zero_stage=1 or more")
+    assert list(precision_problems(replace(plain, memory=replace(plain.memory, zero_stage=1)))) == []
+    assert list(precision_problems(replace(plain, memory=replace(plain.memory, precision=Precision.bf16)))) == []
+    (problem,) = precision_problems(
+        replace(
+            plain, stage=PPOConfig(), memory=replace(plain.memory, zero_stage=2, critic=RoleMemoryConfig(zero_stage=0))
+        )
+    )
+    assert "(critic)" in problem
 
 
 def test_adapters_and_packing_need_a_copy_of_the_policy_to_generate() -> None:
