@@ -7,6 +7,8 @@ default; there the ZeRO stages are compared, too.
 """
 
 import argparse
+import ctypes
+import gc
 import importlib.util
 import itertools
 import json
@@ -18,7 +20,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ def peak_memory() -> Iterator[list[float]]:
     import psutil
 
     process, done, found = psutil.Process(), threading.Event(), [0.0]
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)  # What earlier work left would make this one look small.
     before = process.memory_info().rss
 
     def watch() -> None:
@@ -62,6 +67,7 @@ def median_of_turns(
 
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in ways}
     memory = {}
+    next(iter(ways.values()))()  # What is made once in a process.
     for name, way in ways.items():
         with peak_memory() as peak:
             way()
@@ -188,6 +194,7 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Any, *, most: int) -> Ca
 
     It knows no shortest length, so that it is compared at natural ones only.
     """
+    import torch
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     settings = GenerationConfig(
@@ -198,8 +205,11 @@ def generate_batch(model: Any, tokenizer: Any, prompts: Any, *, most: int) -> Ca
     )
     rows = [row[mask].tolist() for row, mask in zip(prompts.prompt_ids, prompts.prompt_mask, strict=True)]
 
+    turn = itertools.count(1)
+
     def generate() -> int:
         model.eval()
+        torch.manual_seed(next(turn))
         found = model.generate_batch(
             inputs=rows,
             generation_config=settings,
@@ -273,8 +283,8 @@ def compare_stages(run: Path, turns: int) -> dict[str, Any]:
                 fixed = samplings_of(RolloutBackend.hf, tokenizer)["fixed hf"]
                 ways |= ways_of(engine, tokenizer, prompts, {LAYER_BY_LAYER: replace(fixed, gather=False)})
     ways = {name: way for name, way in ways.items() if "prefill" not in name}
-    speeds, memory = median_of_turns(ways, turns=turns)
-    return {"speeds": speeds, "memory": memory}
+    speeds, _ = median_of_turns(ways, turns=turns)
+    return {"speeds": speeds}
 
 
 def worker(run: Path, turns: int, threads: int) -> None:

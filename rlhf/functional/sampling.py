@@ -74,12 +74,13 @@ def _place(
     """Where the running sum first exceeds a share of the whole, or an amount; what is left of it there; the whole."""
     running = weights.cumsum(dim=1)
     total = running[:, -1:]
+    # Sums that are made in parallel need not rise everywhere, nor rest at weights of zero: these are not looked at.
+    reached = running.masked_fill(weights == 0.0, 0.0)
     amount = uniforms * total if uniforms is not None else wanted
     assert amount is not None
-    # Rounding must not lead behind the last weight that is not zero.
-    amount = torch.minimum(amount, torch.nextafter(total, torch.zeros_like(total)))
-    # Sums that were made in parallel need not rise everywhere: nor behind the last one.
-    place = (running <= amount).sum(dim=1, keepdim=True).clamp_(max=weights.shape[1] - 1)
+    most = reached.amax(dim=1, keepdim=True)
+    amount = torch.minimum(amount, torch.nextafter(most, torch.zeros_like(most)))
+    place = (reached > amount).to(torch.uint8).argmax(dim=1, keepdim=True)
     left = amount - (running - weights).gather(1, place)
     return place, left.clamp_(min=0.0), total
 

@@ -111,7 +111,8 @@ def _memory(config: Config) -> Iterator[str]:
         shared = config.rollout.tensor_parallel or 1
         copied = f"a copy shared by {shared} ranks" if shared > 1 else "a whole copy"
         without = "it generates as it is" if decodes_in_place(config) else "transformers generates without one"
-        how = copied if config.rollout.gather else f"too large beside them, so {without}"
+        why = "not made" if estimate.fits(ranks=shared) else "too large beside them"
+        how = copied if config.rollout.gather or shared > 1 else f"{why}, so {without}"
         yield f"{config.stage.name}: the policy takes {estimate.shared(shared) / GIB:.2f} more to generate ({how})"
 
 

@@ -153,10 +153,11 @@ def _generates_from_a_copy(config: Config, actor: Role) -> bool:
 
 
 def decodes_in_place(config: Config) -> bool:
-    """Whether native decoding can do with the policy's weights as they are: they are whole on each rank."""
+    """Whether native decoding can do with the policy's weights as they are: they are whole on each rank, unshared."""
     roles = [role for stage in substages(config.stage) for role in stage.roles() if role.generates]
     partitioned = any(config.memory.of_role(role.name, trained=True).zero_stage == 3 for role in roles)
-    return not partitioned and config.rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
+    native = config.rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
+    return native and not partitioned and (config.rollout.tensor_parallel or 1) == 1
 
 
 def _bytes_per_weight(config: Config) -> int:

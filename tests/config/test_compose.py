@@ -13,7 +13,7 @@ from rlhf.config.compose import CommandLine, compose_given, composing, find_mist
 from rlhf.config.errors import ConfigError
 from rlhf.config.explain import explain
 from rlhf.config.fields import undocumented
-from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, StageConfig
+from rlhf.config.schema import Accelerator, Config, ModelConfig, Precision, ScorerConfig, StageConfig
 from rlhf.launcher.hardware import Gpu, Machine, resolve
 from rlhf.stages import from_composed, read_config, register_schemas, stage_config_class, stage_names, write_config
 
@@ -62,6 +62,11 @@ def test_tuned_values_follow_stage_and_model() -> None:
     pipeline = composed().stage
     assert pipeline.sft == tiny.stage  # type: ignore[attr-defined]
     assert pipeline.ppo == composed("stage=ppo").stage  # type: ignore[attr-defined]
+    adapted = ("model=smollm2-135m", "lora=r8")
+    assert composed(*adapted).scorer.missing_eos_penalty == 1.6
+    assert composed(*adapted, "scorer.missing_eos_penalty=0.5").scorer.missing_eos_penalty == 0.5
+    for other in (("model=smollm2-135m",), (*adapted, "scorer=gsm8k")):
+        assert composed(*other).scorer.missing_eos_penalty == ScorerConfig().missing_eos_penalty
     assert composed("stage.ppo.kl_coef=0.5").stage.ppo.kl_coef == 0.5  # type: ignore[attr-defined]
 
 

@@ -37,6 +37,21 @@ def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
     assert torch.isfinite(logprobs).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1, 300, 40_000])
+def test_draws_invert_the_distribution_whatever_the_format_and_the_blocks(dtype: torch.dtype, size: int) -> None:
+    generator = torch.Generator().manual_seed(size)
+    logits = 3 * torch.randn(30, size, generator=generator)
+    logits[:, 1:][torch.rand(30, size - 1, generator=generator) < 0.3] = -torch.inf
+    logits, uniforms = logits.to(dtype), torch.rand(30, generator=generator)
+    ids, logprobs = draw(logits, uniforms)
+    exact = logits.double().softmax(dim=1)
+    before, own = (exact.cumsum(dim=1) - exact).gather(1, ids.unsqueeze(1)), exact.gather(1, ids.unsqueeze(1))
+    assert (own > 0).all()
+    assert ((before - 1e-5 <= uniforms.unsqueeze(1)) & (uniforms.unsqueeze(1) <= before + own + 1e-5)).all()
+    torch.testing.assert_close(logprobs, own.log().squeeze(1).float(), atol=2e-5, rtol=0)
+
+
 def test_streams_are_uniform_and_do_not_resemble_each_other() -> None:
     numbers = stream_uniforms(stream_keys(torch.arange(400), seed=3), 500)
     assert float(numbers.min()) >= 0.0

@@ -278,6 +278,7 @@ def test_what_does_not_fit_is_said_and_the_policy_is_gathered_only_if_it_does() 
     assert rollout_ranks(with_vllm) == 4  # vLLM has to share a copy.
     assert decodes_in_place(adapted)
     assert not decodes_in_place(tight)
+    assert not decodes_in_place(replace(adapted, rollout=RolloutConfig(tensor_parallel=2)))
     first, second = rollout_problems(replace(tight, rollout=RolloutConfig(tensor_parallel=3)))
     assert first == "rollout.tensor_parallel=3: does not divide the 8 ranks of a machine"
     assert second.endswith("does not divide the model's 32 heads and 8 heads of keys and values")

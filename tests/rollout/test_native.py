@@ -28,7 +28,10 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
+from rlhf.models.decoder.layers import Norm
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena
@@ -380,6 +383,29 @@ def test_what_a_broken_sequence_leaves_in_the_cache_does_no_harm() -> None:
     assert tokens(Batch(Decoder(weights=weights), arena, rows, torch.arange(8), settings).run()) == tokens(
         decoded(model, rows)
     )
+
+
+def test_a_moved_sequence_takes_nothing_over_from_a_broken_one() -> None:
+    weights = weights_of(model_of("llama"))
+    arena = Arena()
+    arena.fit(weights, slots=2, length=30)
+    for kept in arena.layers:
+        kept[:, 0], kept[:, 1] = torch.nan, 1.0
+    arena.move(1, 0, length=12)
+    for kept in arena.layers:
+        assert (kept[:, 0, :, :12] == 1.0).all()
+        assert (kept[:, 0, :, 12:] == 0.0).all()
+
+
+@pytest.mark.parametrize("kind", [LlamaRMSNorm, Qwen3RMSNorm])
+def test_norms_in_bf16_are_those_of_transformers(kind: Any) -> None:
+    norm = kind(64).to(torch.bfloat16)
+    torch.nn.init.normal_(norm.weight, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 3, 64, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    kept = x.clone()
+    with torch.no_grad():
+        assert torch.equal(Norm(norm, own=False)(x), norm(x))
+    assert torch.equal(x, kept)
 
 
 def test_adapters_that_cannot_be_merged_are_refused_before_anything_is_generated() -> None:

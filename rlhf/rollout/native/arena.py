@@ -1,4 +1,4 @@
-"""The cache of keys and values: one block of memory, divided into slots of equal length."""
+"""The cache of keys and values: a block of memory for each layer, divided into slots of equal length."""
 
 import torch
 from torch import Tensor
@@ -41,9 +41,10 @@ class Arena:
         self.slots = self.length = 0
 
     def move(self, source: int, target: int, *, length: int) -> None:
-        """Copy the first tokens of one slot to another."""
+        """Copy the first tokens of one slot to another, and leave nothing of what was there."""
         for kept in self.layers:
             kept[:, target, :, :length] = kept[:, source, :, :length]
+            kept[:, target, :, length:] = 0
 
     @property
     def nbytes(self) -> int:
