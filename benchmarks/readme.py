@@ -85,8 +85,9 @@ def algorithms(model: str) -> str:
     ]
     for index, point in enumerate(seeds[0]["best_of_n"]):
         groups.append((f"best of {point['step']:.0f}", [curves["best_of_n"][index] for curves in seeds]))
+    over = f"mean of {len(seeds)} seeds" if len(seeds) > 1 else "one seed"
     lines = [
-        f"| mean of {len(seeds)} seeds | score | judge positive | KL per answer | tokens per answer |",
+        f"| {over} | score | judge positive | KL per answer | tokens per answer |",
         "|---|---:|---:|---:|---:|",
     ]
     for name, points in groups:
