@@ -69,5 +69,5 @@ def test_the_figures_are_those_of_the_benchmarks() -> None:
     from readme import filled
 
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert text.count("<!-- figures: ") == 3
+    assert text.count("<!-- figures: ") == 4
     assert filled(text) == text, "python benchmarks/readme.py"
