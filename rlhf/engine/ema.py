@@ -29,7 +29,7 @@ class Shard:
 def master_shards(engine: Any) -> list[Shard]:
     """The shares of all trained parameters. Together the ranks hold each element exactly once.
 
-    Where DeepSpeed keeps whole masters on every rank (ZeRO-0 in fp32 and fp16), a rank's share is a slice of them.
+    Where DeepSpeed keeps whole masters on every rank (ZeRO-0), a rank's share is a slice of them.
     """
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     whole = _whole_masters(engine.optimizer)

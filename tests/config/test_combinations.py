@@ -353,6 +353,32 @@ def test_plans_are_what_they_were(name: str) -> None:
     assert old == new, "\n".join(["a plan has changed; if it is meant to, run  make reference", *changed[:60]])
 
 
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("model=opt1.3b", "lora=r128", "hardware=1xa100"), "2.66 more to generate (a whole copy)"),
+        (
+            ("model=opt1.3b", "lora=r128", "hardware=1xa100", "rollout.gather=false"),
+            "2.66 more to generate (not made, so it generates as it is)",
+        ),
+        (
+            ("model=opt1.3b", "hardware=8xa100", "memory=zero3", "rollout.gather=false"),
+            "2.45 more to generate (not made, so transformers generates without one)",
+        ),
+        (
+            ("model=opt30b", "model@reward_model=opt350m", "lora=r128", "hardware=1xa100"),
+            "57.31 more to generate (too large beside them, so it generates as it is)",
+        ),
+        (
+            ("model=opt1.3b", "hardware=8xa100", "lora=r8", "rollout.tensor_parallel=2"),
+            "1.33 more to generate (a copy shared by 2 ranks)",
+        ),
+    ],
+)
+def test_a_plan_says_what_generation_copies(overrides: tuple[str, ...], said: str) -> None:
+    assert f"ppo: the policy takes {said}" in plan("stage=ppo", *overrides)
+
+
 def test_there_is_a_plan_for_every_file() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(PLANS)
 

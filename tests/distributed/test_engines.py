@@ -115,7 +115,8 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
     assert facts["same"] == 1.0
     assert facts["logprob_error"] < 1e-4  # Training computes what was sampled from.
     assert facts["restored"] == 1.0  # Adapters are merged into a copy.
-    assert facts.get("in_place", 1.0) == 1.0  # Or not, where none fits.
+    if stage < 3:
+        assert facts["in_place"] == 1.0  # Or not, where none fits.
     if adapted:
         assert facts["reference_same"] == 1.0
         assert facts["reference_differs"] == 1.0
