@@ -5,6 +5,8 @@
 BIN = .venv/bin
 # Without compiling every installed file to bytecode, which takes minutes: Python compiles what it imports.
 INSTALL = $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt
+# A run starts many processes: where Python may not keep what it compiled, each compiles transformers anew, 15 s a start.
+PYTHONDONTWRITEBYTECODE =
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 

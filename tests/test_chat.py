@@ -264,6 +264,13 @@ class Terminal:
                 self.shown += os.read(self.master, 65536).decode(errors="replace")
         self.shown = self.shown.split(text, 1)[1]
 
+    def wait_for_prompt(self) -> None:
+        """Read until it asks, and really waits: Python loses a Ctrl-C between the prompt and the wait for a key."""
+        self.wait_for("you> ")
+        status = Path(f"/proc/{self.process.pid}/stat")
+        while status.read_text().rpartition(")")[2].split()[0] != "S":
+            time.sleep(0.01)
+
     def write(self, text: str) -> None:
         os.write(self.master, text.encode())
 
@@ -276,13 +283,13 @@ class Terminal:
 def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(endless: Path) -> None:
     terminal = Terminal(endless, "--max-new-tokens", "100000")
     try:
-        terminal.wait_for("you> ")
+        terminal.wait_for_prompt()
         terminal.write("hello\n")
         terminal.wait_for("ab cdab cdab cd")
         terminal.write("\x03")  # Ctrl-C while it answers
-        terminal.wait_for("you> ")
+        terminal.wait_for_prompt()
         terminal.write("\x03")  # Ctrl-C while nothing is going on
-        terminal.wait_for("you> ")
+        terminal.wait_for_prompt()
         assert terminal.process.poll() is None
         terminal.write("\x04")
         assert terminal.process.wait(timeout=30) == 0
