@@ -1,7 +1,7 @@
 """Compose a configuration, check it, and plan or start its stages: `python launch.py [group=option …] [key=value …]`.
 
-Exit codes: 0 done, 1 a stage failed, 2 something for the user to mend (nothing was started), 128 + n interrupted by
-signal n.
+Exit codes: 0 done, 1 a stage failed, 2 something for the user to mend or a health rule ended the run, 128 + n
+interrupted by signal n.
 """
 
 import os

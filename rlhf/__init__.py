@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from rlhf.config.schema import MemoryConfig as MemoryConfig
     from rlhf.config.schema import Precision as Precision
     from rlhf.config.schema import RolloutConfig as RolloutConfig
+    from rlhf.config.schema import ScorerConfig as ScorerConfig
     from rlhf.rollout.advantages import Signals as Signals
     from rlhf.rollout.prompts import prompt_batch as prompt_batch
     from rlhf.stages.ppo.config import PPOConfig as PPOConfig
@@ -23,6 +24,7 @@ _PUBLIC = {
     "PPOConfig": "rlhf.stages.ppo.config",
     "Precision": "rlhf.config.schema",
     "RolloutConfig": "rlhf.config.schema",
+    "ScorerConfig": "rlhf.config.schema",
     "Signals": "rlhf.rollout.advantages",
     "prompt_batch": "rlhf.rollout.prompts",
 }

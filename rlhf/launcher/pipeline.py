@@ -61,9 +61,9 @@ def run_stages(
 
 
 def _train_or_take(run: StageRun, store: StageStore | None, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
-    if store is None:
+    key = store.key_of(run.config) if store is not None else None
+    if store is None or key is None:
         return start_stage(run, gpus=gpus, stream=stream)
-    key = store.key_of(run.config)
     with store.reserved(key, name=run.name):
         entry = store.find(key)
         if entry is not None:

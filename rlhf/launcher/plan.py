@@ -88,13 +88,13 @@ def _shown(value: object) -> str:
 def _batches(config: Config) -> Iterator[str]:
     """The arithmetic of a stage: global = micro × accumulation × ranks, and the steps that are known beforehand."""
     stage, ranks = config.stage, ranks_of(config)
-    role = roles_of(config, stage)[0]
-    unit = "pairs" if stage.name == "rm" else "sequences"
-    accumulation = role.accumulation_steps(ranks)
-    yield (
-        f"{stage.name}: {role.batch_size} {unit} per optimizer step = micro-batch {role.micro_batch_size_per_gpu} × "
-        f"accumulation {accumulation} × {ranks} ranks"
-    )
+    role = next((role for role in roles_of(config, stage) if role.optimizer is not None), None)
+    if role is not None:
+        unit = "pairs" if stage.name in ("rm", "dpo") else "sequences"
+        yield (
+            f"{stage.name}: {role.batch_size} {unit} per optimizer step = micro-batch {role.micro_batch_size_per_gpu} "
+            f"× accumulation {role.accumulation_steps(ranks)} × {ranks} ranks"
+        )
     yield from (f"{stage.name}: {line}" for line in stage.schedule())
 
 

@@ -19,6 +19,8 @@ CONFIG, COMMAND = "config.yaml", "command.txt"
 _LOCK = ".lock"
 # What does not change what is trained.
 _IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
+# What was seen of the machine: what follows from it, such as the ZeRO stage, is in the configuration itself.
+_SEEN = ("host_memory_gib", "gpu_memory_gib", "threads_per_rank")
 PLAN = "plan"  # What mode=plan writes into a run directory; it is no run.
 DATA = "data"  # What mode=data writes there.
 
@@ -26,8 +28,9 @@ DATA = "data"  # What mode=data writes there.
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in _IGNORED}
     # Each machine of launcher=no_ssh has its own number.
-    if isinstance(kept.get("launcher"), dict):
-        kept["launcher"] = {key: value for key, value in kept["launcher"].items() if key != "node_rank"}
+    for group, ignored in (("launcher", ("node_rank",)), ("hardware", _SEEN)):
+        if isinstance(kept.get(group), dict):
+            kept[group] = {key: value for key, value in kept[group].items() if key not in ignored}
     return kept
 
 

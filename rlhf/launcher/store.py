@@ -46,11 +46,11 @@ class StageStore:
 
     Args:
         folder: where the entries are; created when the first one is kept.
-        key_of: names the inputs of a stage's configuration.
+        key_of: names the inputs of a stage's configuration; None for a stage that is not to be kept.
         stream: where damaged entries and waiting are told of.
     """
 
-    def __init__(self, folder: Path, *, key_of: Callable[[Config], str], stream: TextIO) -> None:
+    def __init__(self, folder: Path, *, key_of: Callable[[Config], str | None], stream: TextIO) -> None:
         self._folder = folder
         self.key_of = key_of
         self._stream = stream

@@ -314,9 +314,17 @@ def encode_response(tokenizer: Any, text: str) -> list[int]:
 
 
 def template_agrees(tokenizer: Any, messages: Sequence[Any], response: str) -> bool:
-    """Whether prompt ids + response ids are what the template makes of the whole conversation, through its last EOS."""
+    """Whether prompt ids + response ids are what the template makes of the whole conversation, through its last EOS.
+
+    Of a conversation that the template refuses nothing is known: True.
+    """
+    from jinja2 import TemplateError
+
     turns = [{"role": message.role, "content": message.content} for message in messages]
-    whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
+    try:
+        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
+        parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
+    except (TemplateError, TypeError, ConfigError):
+        return True
     whole_ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-    parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
     return whole_ids[: len(parts)] == parts

@@ -307,6 +307,11 @@ def rollout_problems(config: Config) -> Iterator[str]:
     longest = rollout.max_new_tokens or config.data.max_response_length
     if rollout.min_new_tokens > longest:
         yield f"rollout.min_new_tokens={rollout.min_new_tokens}: more than the {longest} tokens of the longest response"
+    if rollout.importance_cap is not None and rollout.backend is RolloutBackend.hf:
+        yield (
+            f"rollout.importance_cap={rollout.importance_cap:g}: does nothing with rollout.backend=hf, whose tokens "
+            "come without log-probabilities"
+        )
     if ranks == 1:
         return
     key = f"rollout.tensor_parallel={ranks}"

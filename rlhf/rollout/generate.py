@@ -70,6 +70,11 @@ class Generator:
         """Whether tokens are decoded natively."""
         return isinstance(self.backend, NativeBackend)
 
+    @property
+    def gives_logprobs(self) -> bool:
+        """Whether the log-probabilities with which tokens were drawn come with a rollout."""
+        return self.native or (isinstance(self.backend, VllmBackend) and self.sampling.unbiased)
+
     def fall_back(self, reason: str) -> None:
         """Generate with transformers from now on."""
         self.backend.release()

@@ -29,9 +29,15 @@ class RunningMoments:
         return (self.squares / self.count) ** 0.5 if self.count and self.squares > 0 else 1.0
 
     def update(self, values: Tensor, *, all_reduce: Callable[[Tensor], Tensor]) -> None:
-        """Take in this rank's values; `all_reduce` sums over the ranks, which must all call."""
-        mean, variance = masked_moments(values, torch.ones_like(values, dtype=torch.bool), all_reduce=all_reduce)
-        count = float(all_reduce(torch.tensor([float(len(values))], dtype=torch.float64, device=values.device)))
+        """Take in this rank's values; `all_reduce` sums over the ranks, which must all call.
+
+        Values that are not finite are left out: one of them would stay in the mean for ever.
+        """
+        known = values.isfinite()
+        count = float(all_reduce(known.sum(dtype=torch.float64).reshape(1)))
+        if not count:
+            return
+        mean, variance = masked_moments(values.masked_fill(~known, 0.0), known, all_reduce=all_reduce)
         total = self.count + count
         shift = float(mean) - self.mean
         self.squares += float(variance) * count + shift**2 * self.count * count / total

@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import uuid
 from dataclasses import replace
 from functools import cache
 from importlib import metadata
@@ -22,11 +21,14 @@ from rlhf.stages.ppo.config import PPOConfig
 _PACKAGES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "peft")
 
 
-def stage_key(config: Config) -> str:
+def stage_key(config: Config) -> str | None:
     """Hash the inputs of a stage: its options, the groups it reads, data and weights by content, ranks, seed and code.
 
-    Where it is written, how its ranks are reached and tracked, and how many threads it has do not matter.
+    Where it is written, how its ranks are reached and tracked, and how many threads it has do not matter. None for a
+    stage that asks a server: what that answers cannot be known.
     """
+    if "scorer" in config.stage.inputs() and config.scorer.kind == "http":
+        return None
     stage = to_plain(config.stage)
     for key in ("objective",):
         stage.pop(key)
@@ -71,10 +73,9 @@ def _weights(directory: str, revision: str | None = None) -> Any:
 
 
 def _scorer(config: Config) -> dict[str, Any]:
-    """Other reward models by their weights and a function by its file; what a server answers cannot be known."""
+    """Other reward models by their weights and a function by its file."""
     scorer = config.scorer
-    found: dict[str, Any] = {"others": [_weights(path) for path in scorer.others], "code": _function(scorer.function)}
-    return found | ({"unknown": uuid.uuid4().hex} if scorer.kind == "http" else {})
+    return {"others": [_weights(path) for path in scorer.others], "code": _function(scorer.function)}
 
 
 def _function(reference: str | None) -> str | None:

@@ -7,8 +7,11 @@ from rlhf.stages.session import Session
 
 
 def record_samples(session: Session, generator: Generator, *, step: int, count: int = 10) -> None:
-    """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else this stage's own."""
-    rows = session.data.part("ppo" if session.data.has_part("ppo", held_out=True) else "sft", held_out=True)
+    """Answer a few held-out prompts: PPO's, so that its answers can stand beside them, or else another stage's."""
+    stage = next((name for name in ("ppo", "sft", "rm") if session.data.has_part(name, held_out=True)), None)
+    if stage is None:
+        return
+    rows = session.data.part(stage, held_out=True)
     rows = rows.select(range(min(count, len(rows)))).to_list()
     prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
     rollout = generator.generate(prompts, seed=session.config.seed)

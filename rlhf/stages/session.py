@@ -11,6 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
 from rlhf.config.errors import ConfigError
+from rlhf.config.files import read_yaml
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, ModelConfig
 from rlhf.data.prepare import PreparedData
@@ -32,6 +33,7 @@ from rlhf.rollout.sampling import Sampling
 from rlhf.stages.preflight import preflight
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
+from rlhf.tracking.records import CONFIG
 from rlhf.tracking.trackers import start_trackers
 
 
@@ -64,6 +66,15 @@ class Session:
     def reduced_metrics(self) -> dict[str, float]:
         """The accumulated metrics over all ranks; the accumulator starts anew. Every rank must call."""
         return self.accumulator.flush(all_reduce_sum, all_reduce_max)
+
+    @property
+    def stage_key(self) -> str:
+        """What the options of this stage are called on the command line: stage, or stage.NAME in a pipeline."""
+        whole = self.run_dir.parent / CONFIG
+        if self.run_dir.name != self.config.stage.name or not whole.is_file():
+            return "stage"
+        inner = read_yaml(whole).get("stage", {}).get(self.config.stage.name)
+        return f"stage.{self.config.stage.name}" if isinstance(inner, dict) else "stage"
 
     @property
     def pad_id(self) -> int:

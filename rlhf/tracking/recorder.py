@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rlhf.tracking.records import METRICS, SAMPLES, SUMMARY, Sample, append_row, finite, say, write_json
+from rlhf.tracking.records import METRICS, SAMPLES, SUMMARY, Sample, append_row, finite, finite_only, say, write_json
 from rlhf.tracking.trackers import Tracker
 
 _PACKAGES = ("torch", "deepspeed", "transformers", "datasets", "tokenizers", "hydra-core")
@@ -58,13 +58,21 @@ class Recorder:
             tracker.metrics(step, {name: value for name, value in clean.items() if value is not None})
 
     def samples(self, step: int, rows: Sequence[Sample]) -> None:
-        """Record prompts and their responses."""
+        """Record prompts and their responses; numbers that are not finite become null, with a warning."""
         if not self._is_main:
             return
-        for row in rows:
+        clean: list[Sample] = finite_only(list(rows))
+        broken = sum(one != row for one, row in zip(clean, rows, strict=True))
+        if broken and SAMPLES not in self._warned:
+            self._warned.add(SAMPLES)
+            self.line(
+                f"warning: {self.stage} step {step}: {broken} of {len(rows)} samples have scores that are not finite, "
+                "recorded as null"
+            )
+        for row in clean:
             append_row(self.run_dir / SAMPLES, {"stage": self.stage, "step": step, **row})
         for tracker in self._trackers:
-            tracker.samples(step, rows)
+            tracker.samples(step, clean)
 
     def progress(self, step: int, values: Mapping[str, float], *, tokens_per_second: float | None = None) -> None:
         """Show the state of the run in one line: step, the given values, tokens/s and the time left.

@@ -25,6 +25,15 @@ def finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def finite_only(value: Any) -> Any:
+    """The same with None for each number, however deep, that is infinite or not a number."""
+    if isinstance(value, float):
+        return finite(value)
+    if isinstance(value, Mapping):
+        return {key: finite_only(inner) for key, inner in value.items()}
+    return [finite_only(inner) for inner in value] if isinstance(value, list | tuple) else value
+
+
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON object as a line that a concurrent reader sees whole or not at all."""
     line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"

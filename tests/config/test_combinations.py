@@ -69,6 +69,8 @@ PLANS = {
     "pipeline_llama2-7b_8xh100": ("model=llama2-7b", "hardware=8xh100"),
     "ppo_qwen2.5-7b_64xa100_slurm": ("stage=ppo", "model=qwen2.5-7b", "hardware=64xa100", "launcher=slurm"),
     "experiment_dschat_opt13b_8xa100-40g": ("experiment=dschat_opt13b_8xa100-40g",),
+    "dpo_opt1.3b_8xa100": ("stage=dpo", "model=opt1.3b", "hardware=8xa100"),
+    "best_of_n_opt1.3b_1xa6000": ("stage=best_of_n", "model=opt1.3b", "hardware=1xa6000"),
     "pipeline_smollm2-135m_cpu": ("model=smollm2-135m", "hardware=cpu", "memory=zero3"),
 }
 

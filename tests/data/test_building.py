@@ -367,3 +367,6 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer_dir: Path, tmp_p
         prepared(data, strict, tmp_path)
     done = prepared(replace(data, on_bad_row=OnProblem.skip), strict, tmp_path)
     assert done.counts["dropped"]["bad row"] == 1
+    path = rows_file(tmp_path / "first.jsonl", [{"prompt": turns, "completion": "c"}, *rows])
+    first = DataConfig(sources={"main": SourceConfig(path=path, format="completion")}, on_bad_row=OnProblem.skip)
+    assert prepared(first, strict, tmp_path).counts["dropped"]["bad row"] == 1

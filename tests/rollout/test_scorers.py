@@ -138,6 +138,8 @@ def judge() -> Iterator[Judge]:
             if code == 200:
                 state.asked.append(content)
             self.send_response(code)
+            if code == 301:
+                self.send_header("Location", "/v2/score?key=s3cret")
             self.send_header("Content-Length", str(len(answer)))
             self.end_headers()
             self.wfile.write(answer)
@@ -171,6 +173,7 @@ def test_a_server_is_asked_in_batches_and_again_after_faults(judge: Judge, monke
     [
         ([(500, b"out of memory")] * 2, "answered with code 500: out of memory"),
         ([(404, b"no such path")], "answered with code 404: no such path"),
+        ([(301, b"")], "/v2/score: set scorer.url to it"),
         ([(200, b"hello")], "answered 'hello' instead of"),
         ([(200, b'{"scores": [1.0]}')], "gave 1 scores for 2 responses"),
         ([(0, b"")] * 2, "no answer after 1 retries"),
@@ -182,6 +185,7 @@ def test_a_server_that_fails_is_one_clear_error(judge: Judge, faults: list[tuple
     with pytest.raises(DataError) as raised:
         score(["a", "b"], ["one", "two"])
     assert str(raised.value).startswith(f"scorer.url={judge.url}: ") and said in str(raised.value)
+    assert "s3cret" not in str(raised.value)
 
 
 def test_wrong_addresses_and_kinds_are_found_before_anything_starts() -> None:

@@ -63,6 +63,14 @@ def test_running_moments_are_those_of_all_scores_so_far(batches: list[list[float
     assert moments.std == pytest.approx(deviation if deviation > 1e-7 else moments.std, abs=1e-6)
 
 
+def test_running_moments_leave_out_what_is_not_finite() -> None:
+    moments = RunningMoments()
+    moments.update(torch.tensor([torch.nan, torch.inf]), all_reduce=same)
+    assert (moments.count, moments.mean, moments.std) == (0.0, 0.0, 1.0)
+    moments.update(torch.tensor([1.0, torch.nan, 3.0]), all_reduce=same)
+    assert (moments.count, moments.mean, moments.std) == (2.0, 2.0, 1.0)
+
+
 def test_running_moments_normalise_over_all_ranks() -> None:
     # Two ranks with the same numbers: sums double, so that mean and deviation are the same as of one.
     shaped = shaping(running=RunningMoments())

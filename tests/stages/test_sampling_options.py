@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
 from rlhf.config.schema import Config, DataConfig, RolloutConfig
 from rlhf.planner.memory import rollout_problems
@@ -53,6 +54,10 @@ def test_options_that_contradict_each_other_are_found_before_any_rank_starts() -
     empty, short = rollout_problems(config(RolloutConfig(stop=[""], min_new_tokens=21)))
     assert "would end every response at once" in empty
     assert "more than the 20 tokens" in short
+    capped = RolloutConfig(importance_cap=2.0)
+    assert list(rollout_problems(config(capped))) == []
+    (useless,) = rollout_problems(config(replace(capped, backend=RolloutBackend.hf)))
+    assert "does nothing with rollout.backend=hf" in useless
 
 
 def test_an_empty_sampling_restriction_is_unbiased() -> None:

@@ -64,6 +64,17 @@ def test_samples_are_written_and_tracked(tmp_path: Path) -> None:
     assert tracker.finished == 1
 
 
+def test_scores_that_are_not_finite_do_not_end_a_run(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, stage="ppo", is_main=True, total_steps=1)
+    good, bad = ({"prompt": "p", "responses": {"ppo": {"text": "t", "score": score}}} for score in (1.0, math.nan))
+    recorder.samples(1, [good, bad])
+    recorder.samples(2, [bad])
+    rows = read_rows(tmp_path / "samples.jsonl")
+    assert [row["responses"]["ppo"]["score"] for row in rows] == [1.0, None, None]
+    (warning,) = [row["text"] for row in read_rows(tmp_path / "progress.jsonl")]
+    assert warning.startswith("warning: ppo step 1: 1 of 2 samples")
+
+
 def test_progress_is_throttled_and_the_last_line_stays(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, stage="ppo", is_main=True, total_steps=200)
     for step in range(1, 201):

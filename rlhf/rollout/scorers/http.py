@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urljoin, urlsplit
 
 from rlhf.config.errors import DataError
 from rlhf.config.schema import ScorerConfig
@@ -52,7 +52,6 @@ def score_function(config: ScorerConfig) -> Callable[..., list[float]]:
         status_forcelist=BUSY,
         allowed_methods=None,
         raise_on_status=False,
-        redirect=0,
         respect_retry_after_header=False,
     )
     session = requests.Session()
@@ -67,7 +66,8 @@ def score_function(config: ScorerConfig) -> Callable[..., list[float]]:
             kept = {name: values[part] for name, values in columns.items()}
             content: Any = {"prompts": prompts[part], "responses": responses[part], "columns": kept}
             try:
-                answer = session.post(url, json=content, timeout=config.timeout_seconds)
+                # What follows a redirection asks by GET, without the responses.
+                answer = session.post(url, json=content, timeout=config.timeout_seconds, allow_redirects=False)
             except requests.RequestException as error:
                 raise DataError(f"scorer.url={url}: no answer after {config.retries} retries: {error}") from error
             scores += _scores_of(answer, len(responses[part]), url=url)
@@ -88,6 +88,9 @@ def _authorized(token: str | None) -> Callable[[Any], Any]:
 
 
 def _scores_of(answer: Any, expected: int, *, url: str) -> list[float]:
+    if answer.is_redirect:
+        where = urlsplit(urljoin(url, answer.headers["location"]))._replace(query="").geturl()
+        raise DataError(f"scorer.url={url}: is redirected (code {answer.status_code}) to {where}: set scorer.url to it")
     if answer.status_code != 200:
         raise DataError(f"scorer.url={url}: answered with code {answer.status_code}: {answer.text[:200]}")
     try:

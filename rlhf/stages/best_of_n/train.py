@@ -38,8 +38,9 @@ def run(config: Config, run_dir: Path) -> None:
 
 
 def best_of(answers: list[Answer], n: int) -> Answer:
-    """The answer with the highest score among the first n."""
-    return max(answers[:n], key=lambda answer: float(answer["score"]))
+    """The answer with the highest score among the first n; one whose score is not a number is the worst."""
+    scores = [-math.inf if math.isnan(answer["score"]) else answer["score"] for answer in answers[:n]]
+    return answers[scores.index(max(scores))]
 
 
 def kl_of_best_of_n(n: int) -> float:

@@ -35,6 +35,8 @@ class Evaluator:
         self.session = session
         self.trainer = trainer
         self.judge: Judge | None = fit_judge(session.config.data) if session.config.data.judge else None
+        if self.judge is not None:
+            session.recorder.line(f"judge: right on {100 * self.judge.accuracy:.0f} % of held-out texts")
         rows = session.data.part("ppo", held_out=True)
         self.rows = rows.select(range(min(cast(PPOConfig, session.config.stage).eval_prompts, len(rows))))
         self.texts = held_out_texts(session, most=len(self.rows))

@@ -1,6 +1,7 @@
 """What a PPO iteration writes down, and what the health rules make of it."""
 
 import math
+from dataclasses import replace
 from typing import cast
 
 from rlhf.config.choices import RuleAction
@@ -18,6 +19,7 @@ class IterationRecord:
         self._stage = cast(PPOConfig, session.config.stage)
         self._history = History(kl_budget=self._stage.kl_budget)
         self._said: dict[bool, set[str]] = {False: set(), True: set()}
+        self._key = session.stage_key
 
     def evaluation(self, values: dict[str, float], *, step: int) -> Finding | None:
         """Take in an evaluation; returns a finding that is to stop the run, on every rank."""
@@ -45,7 +47,10 @@ class IterationRecord:
         return self._examined(values, step=step, of_evaluations=False)
 
     def _examined(self, values: dict[str, float], *, step: int, of_evaluations: bool) -> Finding | None:
-        found = examine(values, self._history, self._stage.health, of_evaluations=of_evaluations)
+        found = [
+            replace(finding, message=finding.message.replace("stage.", f"{self._key}."))
+            for finding in examine(values, self._history, self._stage.health, of_evaluations=of_evaluations)
+        ]
         for finding in found:
             # One line when a condition begins, not one for every iteration that it lasts.
             if finding.rule not in self._said[of_evaluations]:
@@ -65,7 +70,9 @@ def derived_metrics(values: dict[str, float]) -> dict[str, float]:
     for name in ("actor", "critic"):
         if (inverse := values.pop(f"{name}/inverse_loss_scale", None)) is not None:
             values[f"{name}/loss_scale"] = 1.0 / inverse
-    values["rollout/score_std"] = math.sqrt(max(square - values["rollout/score"] ** 2, 0.0))
+    variance = square - values["rollout/score"] ** 2
+    # What is left of equal scores is rounding.
+    values["rollout/score_std"] = 0.0 if variance <= 1e-12 * square else math.sqrt(variance)
     if "critic/error" not in values:
         return values
     error_variance = values.pop("critic/error_square") - values.pop("critic/error") ** 2

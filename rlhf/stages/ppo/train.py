@@ -7,15 +7,14 @@ from pathlib import Path
 from typing import cast
 
 from rlhf.batch import PromptBatch, SFTBatch
-from rlhf.config.choices import RuleAction
 from rlhf.config.errors import ConfigError, StoppedError
-from rlhf.config.policy import HealthConfig
 from rlhf.config.schema import REWARD_MODEL, Config
 from rlhf.data.collate import collate_prompts, collate_sft
 from rlhf.data.loader import GlobalLoader
 from rlhf.data.split import PTX
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
+from rlhf.rollout.vllm import VllmBackend
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
 from rlhf.stages.ppo.evaluate import Evaluator
@@ -59,8 +58,8 @@ def run(config: Config, run_dir: Path) -> None:
             finding = record.evaluation(latest, step=iteration)
             if finding is not None:
                 stop(session, finding, step=iteration)
-            if iteration < stage.iterations and may_stop(stage.health):
-                export(session, engine)  # What the run falls back on.
+            if iteration < stage.iterations:
+                export(session, engine)  # What is left of a run that is stopped or killed.
 
     export(session, engine)
     session.finish(before=before, after=latest)
@@ -122,16 +121,15 @@ def say_what_is_special(session: Session, trainer: DeepSpeedPPOTrainer) -> None:
             "warning: tokens are not drawn from the policy's whole distribution (rollout.top_p, top_k, min_p, "
             "repetition_penalty or min_new_tokens), which biases PPO's ratio"
         )
+    if session.config.rollout.importance_cap is not None and not trainer.generator.gives_logprobs:
+        say("warning: rollout.importance_cap does nothing: what generates gives no log-probabilities of its tokens")
+    if isinstance(trainer.generator.backend, VllmBackend) and not trainer.sampling.unbiased:
+        say("warning: vLLM's tokens come without log-probabilities then, so that rollout.mismatch is not looked at")
     if session.reward_tokenizer is not None:
         say(
             "the reward model has another tokenizer: answers are scored by their text, and the critic starts from "
             "the actor's model with a new head"
         )
-
-
-def may_stop(health: HealthConfig) -> bool:
-    """Whether a health rule may end the run."""
-    return any(getattr(health, name).action is RuleAction.stop for name in health.__slots__)
 
 
 def stop(session: Session, finding: Finding, *, step: int) -> None:
@@ -140,8 +138,8 @@ def stop(session: Session, finding: Finding, *, step: int) -> None:
     kept = f"the model of the last evaluation is in {model}" if model.is_dir() else "no model was exported before"
     session.recorder.close()
     raise StoppedError(
-        f"stopped at iteration {step} by the health rule {finding.rule}: {finding.message}; {kept}; "
-        f"stage.health.{finding.rule}.action=warn goes on"
+        f"stopped at iteration {step} by the health rule {finding.rule}: {finding.message}; {kept}. A run with "
+        f"{session.stage_key}.health.{finding.rule}.action=warn only says so"
     )
 
 

@@ -52,8 +52,8 @@ class DeepSpeedPPOTrainer:
         args: the run's configuration (the engine's own if not given).
         accumulator: where metrics are summed; a new one if not given.
         recorder: where the seconds of each phase are noted, if given.
-        scorer: what scores responses, instead of what `args.scorer` says: called with this rank's prompts and rollout,
-            it returns one number for each [B].
+        scorer: what scores responses instead of `args.scorer.kind`: called with this rank's prompts and rollout, it
+            returns one number for each [B], which is clipped, scaled and punished as `args.scorer` says.
         advantage: what estimates advantages, instead of what `stage.advantage` says.
         loss: the actor's loss, instead of `rlhf.functional.losses.policy_loss`, and called like it: a sum over tokens.
         pretraining: endless batches of text for the pretraining mix, `stage.ptx_batch_size` sequences for all ranks.
@@ -360,8 +360,8 @@ class DeepSpeedPPOTrainer:
         tokens = mask.sum()
         kl = per_sequence_kl(experience.old_logprobs, experience.ref_logprobs, mask)
         add = self.metrics.add
-        add("rollout/score", experience.scores.sum(), rows)
-        add("rollout/score_square", experience.scores.square().sum(), rows)
+        add("rollout/score", experience.scores.double().sum(), rows)
+        add("rollout/score_square", experience.scores.double().square().sum(), rows)
         add("rollout/kl_per_sequence", kl.sum(), rows)
         add("rollout/kl_per_token", kl_k1(experience.old_logprobs, experience.ref_logprobs)[mask].sum(), tokens)
         add("rollout/response_length", tokens.float(), rows)
