@@ -19,7 +19,6 @@ class Judge:
 
     model: Any
     accuracy: float
-    fitted_on: int
 
     def positive(self, texts: Sequence[str]) -> list[bool]:
         """Whether each text reads as positive."""
@@ -48,4 +47,4 @@ def fit_judge(data: DataConfig) -> Judge:
     model = make_pipeline(words, LogisticRegression(C=INVERSE_PENALTY, max_iter=1000))
     model.fit(texts, labels)
     accuracy = float(model.score(*module.judge_texts(held_out=True)))
-    return Judge(model=model, accuracy=accuracy, fitted_on=len(texts))
+    return Judge(model=model, accuracy=accuracy)

@@ -30,7 +30,6 @@ class ValueLossStats:
     """Detached sums over tokens of one `value_loss`."""
 
     clipped: Float[Tensor, ""]
-    squared_error: Float[Tensor, ""]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,15 +98,13 @@ def value_loss(
     """Clipped squared error, summed: `0.5 max((V - G)^2, (clamp(V, V_old ± value_clip_range) - G)^2)`.
 
     OpenAI baselines' PPO2; Huang et al. 2024, "The N+ Implementation Details of RLHF with PPO" (2403.17031).
-    Statistics: number of tokens at which the clipped error decides, and the sum of the plain squared errors.
+    Statistics: number of tokens at which the clipped error decides.
     """
     values, old_values, returns = (torch.where(mask, part, 0.0) for part in (values, old_values, returns))
     limited = torch.minimum(torch.maximum(values, old_values - value_clip_range), old_values + value_clip_range)
     plain, clipped = (values - returns).square(), (limited - returns).square()
     with torch.no_grad():
-        stats = ValueLossStats(
-            clipped=((clipped > plain) & mask).sum().to(values.dtype), squared_error=masked_sum(plain, mask)
-        )
+        stats = ValueLossStats(clipped=((clipped > plain) & mask).sum().to(values.dtype))
     return 0.5 * masked_sum(torch.maximum(plain, clipped), mask), stats
 
 

@@ -19,11 +19,6 @@ def masked_sum(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) ->
     return torch.where(mask, values, 0.0).sum()
 
 
-def masked_mean(values: Float[Tensor, "*shape"], mask: Bool[Tensor, "*shape"]) -> Float[Tensor, ""]:
-    """Mean of the values where the mask is True: `sum_i m_i x_i / sum_i m_i`; 0 for an empty mask."""
-    return masked_sum(values, mask) / mask.sum().clamp(min=1)
-
-
 def masked_moments(
     values: Float[Tensor, "*shape"],
     mask: Bool[Tensor, "*shape"],
