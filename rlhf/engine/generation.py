@@ -2,10 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from itertools import accumulate
 from typing import Any
 
 import deepspeed
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
+
+TOGETHER = 2**26  # Bytes that are gathered in one collective, and for a moment exist twice.
 
 
 @contextmanager
@@ -46,7 +50,20 @@ def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
     if not is_partitioned(engine):
         yield
         return
-    with deepspeed.zero.GatheredParameters(list(module.parameters())):
+    with _gathered(list(module.parameters())):
+        yield
+
+
+@contextmanager
+def _gathered(parameters: list[Any]) -> Iterator[None]:
+    """DeepSpeed's context gathers one parameter after the other, which takes long where they are many and small."""
+    missing = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    while missing:
+        sizes = accumulate(parameter.ds_numel * parameter.element_size() for parameter in missing)
+        together = missing[: max(1, sum(size <= TOGETHER for size in sizes))]
+        together[0].all_gather_coalesced(together).wait()
+        missing = missing[len(together) :]
+    with deepspeed.zero.GatheredParameters(parameters):
         yield
 
 
@@ -59,7 +76,7 @@ def _whole_parameters(engine: Any) -> Iterator[None]:
     if offload is None:
         yield
         return
-    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+    with _gathered(list(engine.module.parameters())):
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []

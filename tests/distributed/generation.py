@@ -4,6 +4,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from rlhf.config.choices import Mismatch, RolloutBackend
 from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, Precision
+from rlhf.engine import generation
 from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from rlhf.engine.generation import whole_parameters
@@ -79,7 +81,12 @@ def native_facts(
         "logprob_error": float((computed - native.sampled_logprobs).abs().max()),
         "restored": float(all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))),
     }
-    if memory.zero_stage != 3:
+    if memory.zero_stage == 3:
+        for together in (1, 20_000):  # Bytes: each parameter alone, and some of them at once.
+            with patch.object(generation, "TOGETHER", together):
+                alike = all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))
+            facts[f"alike_by_{together}"] = float(alike)
+    else:
         in_place = answers(engine, prompts, folder, replace(GREEDY, gather=False))
         facts["in_place"] = float(tokens(in_place) == tokens(slow))
     if adapted:
