@@ -19,8 +19,11 @@ CONFIG, COMMAND = "config.yaml", "command.txt"
 _LOCK = ".lock"
 # What does not change what is trained.
 _IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
-# What was seen of the machine: what follows from it, such as the ZeRO stage, is in the configuration itself.
-_SEEN = ("host_memory_gib", "gpu_memory_gib", "threads_per_rank")
+# What a machine has and costs: what follows from it, such as the ZeRO stage, is in the configuration itself.
+_MACHINE = (
+    *("host_memory_gib", "gpu_memory_gib", "threads_per_rank", "peak_tflops", "memory_bandwidth_gbs"),
+    *("link_gbs", "network_gbs", "pcie_gbs", "price_per_gpu_hour"),
+)
 PLAN = "plan"  # What mode=plan writes into a run directory; it is no run.
 DATA = "data"  # What mode=data writes there.
 
@@ -28,7 +31,7 @@ DATA = "data"  # What mode=data writes there.
 def _identity(values: dict[str, Any]) -> dict[str, Any]:
     kept = {key: value for key, value in values.items() if key not in _IGNORED}
     # Each machine of launcher=no_ssh has its own number.
-    for group, ignored in (("launcher", ("node_rank",)), ("hardware", _SEEN)):
+    for group, ignored in (("launcher", ("node_rank",)), ("hardware", _MACHINE)):
         if isinstance(kept.get(group), dict):
             kept[group] = {key: value for key, value in kept[group].items() if key not in ignored}
     return kept

@@ -37,7 +37,7 @@ def test_the_name_tells_runs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert with_run_dir(config(reuse=Reuse.off)).run_dir == name
     assert with_run_dir(config(launcher=LauncherConfig(node_rank=1))).run_dir == name
     # After a reboot, or on another machine of the same kind, a little more memory may be seen.
-    seen = replace(config().hardware, threads_per_rank=2, host_memory_gib=23.4, gpu_memory_gib=79.1)
+    seen = replace(config().hardware, threads_per_rank=2, host_memory_gib=23.4, gpu_memory_gib=79.1, network_gbs=9.0)
     assert with_run_dir(config(hardware=seen)).run_dir == name
     assert with_run_dir(config(hardware=replace(seen, gpus_per_node=1))).run_dir != name
     assert with_run_dir(config(seed=2)).run_dir != name
