@@ -68,15 +68,6 @@ class Session:
         return self.accumulator.flush(all_reduce_sum, all_reduce_max)
 
     @property
-    def stage_key(self) -> str:
-        """What the options of this stage are called on the command line: stage, or stage.NAME in a pipeline."""
-        whole = self.run_dir.parent / CONFIG
-        if self.run_dir.name != self.config.stage.name or not whole.is_file():
-            return "stage"
-        inner = read_yaml(whole).get("stage", {}).get(self.config.stage.name)
-        return f"stage.{self.config.stage.name}" if isinstance(inner, dict) else "stage"
-
-    @property
     def pad_id(self) -> int:
         """Id of the padding token."""
         return int(self.tokenizer.pad_token_id)
@@ -97,6 +88,15 @@ class Session:
             precision=self.config.memory.precision.name,
         )
         self.recorder.close()
+
+
+def option_prefix(run_dir: Path, stage: str) -> str:
+    """What a stage's options are called on the command line: stage, or stage.NAME in a pipeline."""
+    whole = run_dir.parent / CONFIG
+    if run_dir.name != stage or not whole.is_file():
+        return "stage"
+    inner = read_yaml(whole).get("stage", {}).get(stage)
+    return f"stage.{stage}" if isinstance(inner, dict) else "stage"
 
 
 def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> Session:

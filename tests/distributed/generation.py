@@ -209,6 +209,7 @@ def gate_facts(folder: Path, prompts: PromptBatch, config: Config) -> dict[str, 
                 continue
         facts[f"{action.value}_said"] = float(any("mismatch_tolerance" in str(each.message) for each in warned))
         facts[f"{action.value}_native"] = float(trainer.generator.native)
+        facts[f"{action.value}_logprobs"] = float(trainer.generator.gives_logprobs)
         metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)
         facts["weight_error"] = abs(metrics["rollout/importance_weight"] - 1.0)
     return facts

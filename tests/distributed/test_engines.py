@@ -137,6 +137,7 @@ def test_generation_that_disagrees_with_training_is_reported_replaced_or_ends_th
 ) -> None:
     facts = dict(two_ranks["gate"])
     assert facts.pop("weight_error") < 1e-5
+    assert (facts.pop("warn_logprobs"), facts.pop("hf_logprobs")) == (1.0, 0.0)
     assert facts == {"warn_said": 1.0, "warn_native": 1.0, "hf_said": 1.0, "hf_native": 0.0, "stopped": 1.0}
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from rlhf.config.files import write_config
-from rlhf.config.schema import Config, StageConfig
+from rlhf.config.schema import Config
 from rlhf.stages.pipeline.config import PipelineConfig
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.ppo.record import derived_metrics
-from rlhf.stages.session import Session
+from rlhf.stages.session import option_prefix
 from rlhf.tracking.metrics import MetricAccumulator
 
 
@@ -49,15 +49,10 @@ def test_equal_scores_have_no_spread(score: float) -> None:
 def test_options_are_named_as_the_command_line_has_them(tmp_path: Path) -> None:
     """The health rules' remedies name options; in a pipeline these have the stage's name in front."""
 
-    def key(run_dir: Path, stage: StageConfig) -> str:
-        session = Session.__new__(Session)
-        object.__setattr__(session, "run_dir", run_dir)
-        object.__setattr__(session, "config", Config(stage=stage))
-        return session.stage_key
-
-    assert key(tmp_path / "ppo", PPOConfig()) == "stage"
+    stage = tmp_path / "ppo"
+    assert option_prefix(stage, "ppo") == "stage"
     write_config(Config(stage=PipelineConfig()), tmp_path / "config.yaml")
-    assert key(tmp_path / "ppo", PPOConfig()) == "stage.ppo"
-    assert key(tmp_path / "other", PPOConfig()) == "stage"
+    assert option_prefix(stage, "ppo") == "stage.ppo"
+    assert option_prefix(tmp_path / "other", "ppo") == "stage"
     write_config(Config(stage=PPOConfig()), tmp_path / "config.yaml")
-    assert key(tmp_path / "ppo", PPOConfig()) == "stage"
+    assert option_prefix(stage, "ppo") == "stage"

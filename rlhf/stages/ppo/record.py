@@ -7,7 +7,7 @@ from typing import cast
 from rlhf.config.choices import RuleAction
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
-from rlhf.stages.session import Session
+from rlhf.stages.session import Session, option_prefix
 from rlhf.tracking.health import Finding, History, examine
 
 
@@ -19,7 +19,7 @@ class IterationRecord:
         self._stage = cast(PPOConfig, session.config.stage)
         self._history = History(kl_budget=self._stage.kl_budget)
         self._said: dict[bool, set[str]] = {False: set(), True: set()}
-        self._key = session.stage_key
+        self._prefix = option_prefix(session.run_dir, self._stage.name)
 
     def evaluation(self, values: dict[str, float], *, step: int) -> Finding | None:
         """Take in an evaluation; returns a finding that is to stop the run, on every rank."""
@@ -48,7 +48,7 @@ class IterationRecord:
 
     def _examined(self, values: dict[str, float], *, step: int, of_evaluations: bool) -> Finding | None:
         found = [
-            replace(finding, message=finding.message.replace("stage.", f"{self._key}."))
+            replace(finding, message=finding.message.replace("stage.", f"{self._prefix}."))
             for finding in examine(values, self._history, self._stage.health, of_evaluations=of_evaluations)
         ]
         for finding in found:

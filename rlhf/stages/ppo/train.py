@@ -20,7 +20,7 @@ from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine
 from rlhf.stages.ppo.evaluate import Evaluator
 from rlhf.stages.ppo.record import IterationRecord
 from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer
-from rlhf.stages.session import Session, open_session
+from rlhf.stages.session import Session, open_session, option_prefix
 from rlhf.tracking.health import Finding
 
 
@@ -139,7 +139,7 @@ def stop(session: Session, finding: Finding, *, step: int) -> None:
     session.recorder.close()
     raise StoppedError(
         f"stopped at iteration {step} by the health rule {finding.rule}: {finding.message}; {kept}. A run with "
-        f"{session.stage_key}.health.{finding.rule}.action=warn only says so"
+        f"{option_prefix(session.run_dir, session.config.stage.name)}.health.{finding.rule}.action=warn only says so"
     )
 
 
