@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 _CHUNK = 256
+_SHORT = 4096  # So many numbers are gone through one by one.
 _CACHED = 1 << 18  # Numbers in fp32, of which some copies should stay in a core's cache.
 _WORD = 1 << 64
 
@@ -34,8 +35,6 @@ def stream_uniforms(keys: Int[Tensor, " n"], count: int) -> Float[Tensor, "n cou
 def draw(logits: Float[Tensor, "n V"], uniforms: Float[Tensor, " n"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
     """Draw one id per row by inverting the distribution function; -inf is never drawn.
 
-    The function is added up in chunks first, so that only one of them is gone through token by token.
-
     Args:
         logits: of any format; the arithmetic is fp32.
         uniforms: numbers in [0, 1).
@@ -47,42 +46,54 @@ def draw(logits: Float[Tensor, "n V"], uniforms: Float[Tensor, " n"]) -> tuple[I
     together = len(logits)
     if logits.device.type == "cpu":
         together = max(1, _CACHED * torch.get_num_threads() // logits.shape[1])
-    parts = [_chunk_sums(logits[first : first + together]) for first in range(0, len(logits), together)]
-    top, sums = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
-    chunk, wanted, total = _place(sums, uniforms.unsqueeze(1))
-    ids = chunk * _CHUNK + torch.arange(_CHUNK, device=logits.device)
-    outside = ids >= logits.shape[1]
-    inside = (logits.gather(1, ids.clamp(max=logits.shape[1] - 1)).float() - top).exp_().masked_fill_(outside, 0.0)
-    place, _, _ = _place(inside, None, wanted=wanted)
-    drawn = ids.gather(1, place)
-    return drawn.squeeze(1), (logits.gather(1, drawn).float() - top - total.log()).squeeze(1)
+    starts, shares = range(0, len(logits), together), uniforms.unsqueeze(1)
+    parts = [_drawn(logits[first : first + together], shares[first : first + together]) for first in starts]
+    ids, logprobs = parts[0] if len(parts) == 1 else (torch.cat(part) for part in zip(*parts, strict=True))
+    return ids, logprobs
 
 
-def _chunk_sums(logits: Float[Tensor, "n V"]) -> tuple[Float[Tensor, "n 1"], Float[Tensor, "n C"]]:
-    """Each row's largest logit, and the sums over chunks of what the others weigh relative to it."""
-    values = logits.float()
-    top = values.amax(dim=1, keepdim=True)
-    weights = torch.sub(values, top).exp_()
+def _drawn(logits: Float[Tensor, "n V"], shares: Float[Tensor, "n 1"]) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"]]:
+    weights = logits.softmax(dim=1, dtype=torch.float32)
+    if weights.shape[1] <= _SHORT:
+        running = weights.cumsum(dim=1)
+        drawn = _place(weights, running, shares * running[:, -1:])
+    else:  # Added up in chunks first, so that only one of them is gone through token by token.
+        sums = _chunk_sums(weights)
+        running = sums.cumsum(dim=1)
+        amounts = shares * running[:, -1:]
+        chunk = _place(sums, running, amounts)
+        left = (amounts - (running.gather(1, chunk) - sums.gather(1, chunk))).clamp_(min=0.0)
+        ids = chunk * _CHUNK + torch.arange(_CHUNK, device=weights.device)
+        outside = ids >= weights.shape[1]
+        inside = weights.gather(1, ids.clamp(max=weights.shape[1] - 1)).masked_fill_(outside, 0.0)
+        drawn = ids.gather(1, _place(inside, inside.cumsum(dim=1), left))
+    return drawn.squeeze(1), weights.gather(1, drawn).log_().squeeze(1)
+
+
+def _chunk_sums(weights: Float[Tensor, "n V"]) -> Float[Tensor, "n C"]:
     whole = weights.shape[1] // _CHUNK * _CHUNK
     sums = weights[:, :whole].view(len(weights), -1, _CHUNK).sum(dim=2)
-    return top, sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
+    return sums if whole == weights.shape[1] else torch.cat([sums, weights[:, whole:].sum(1, keepdim=True)], 1)
 
 
 def _place(
-    weights: Tensor, uniforms: Tensor | None, *, wanted: Tensor | None = None
-) -> tuple[Int[Tensor, "n 1"], Float[Tensor, "n 1"], Float[Tensor, "n 1"]]:
-    """Where the running sum first exceeds a share of the whole, or an amount; what is left of it there; the whole."""
-    running = weights.cumsum(dim=1)
-    total = running[:, -1:]
+    weights: Float[Tensor, "n C"], running: Float[Tensor, "n C"], amounts: Float[Tensor, "n 1"]
+) -> Int[Tensor, "n 1"]:
+    """Where the running sum first exceeds an amount, or as much as there is; never at a weight of zero."""
+    if _adds_in_order(weights.device):
+        most = running[:, -1:]
+        amounts = torch.minimum(amounts, torch.nextafter(most, torch.zeros_like(most)))
+        return torch.searchsorted(running, amounts, right=True).clamp_(max=weights.shape[1] - 1)
     # Sums that are made in parallel need not rise everywhere, nor rest at weights of zero: these are not looked at.
     reached = running.masked_fill(weights == 0.0, 0.0)
-    amount = uniforms * total if uniforms is not None else wanted
-    assert amount is not None
     most = reached.amax(dim=1, keepdim=True)
-    amount = torch.minimum(amount, torch.nextafter(most, torch.zeros_like(most)))
-    place = (reached > amount).to(torch.uint8).argmax(dim=1, keepdim=True)
-    left = amount - (running - weights).gather(1, place)
-    return place, left.clamp_(min=0.0), total
+    amounts = torch.minimum(amounts, torch.nextafter(most, torch.zeros_like(most)))
+    return (reached > amounts).to(torch.uint8).argmax(dim=1, keepdim=True)
+
+
+def _adds_in_order(device: torch.device) -> bool:
+    """Whether running sums are made by adding one number after the other."""
+    return device.type == "cpu"
 
 
 def restrict(

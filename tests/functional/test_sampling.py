@@ -9,14 +9,21 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from rlhf.functional import sampling
 from rlhf.functional.sampling import draw, penalise_repetition, restrict, stream_keys, stream_uniforms
 
 
-@pytest.mark.parametrize("size", [5, 256, 700])
-def test_draws_follow_the_distribution(size: int) -> None:
+@pytest.fixture(params=["in order", "in parallel"])
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Running sums that are taken to be made one after the other, as they are on a CPU, or not, as on a GPU."""
+    monkeypatch.setattr(sampling, "_adds_in_order", lambda device: request.param == "in order")
+
+
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize(("size", "count"), [(5, 200_000), (700, 200_000), (4500, 20_000)])
+def test_draws_follow_the_distribution(size: int, count: int) -> None:
     logits = torch.randn(1, size, generator=torch.Generator().manual_seed(size))
     logits[0, 3] = -torch.inf
-    count = 200_000
     uniforms = stream_uniforms(stream_keys(torch.arange(count), seed=1), 1)[:, 0]
     ids, logprobs = draw(logits.expand(count, size), uniforms)
     expected = logits.softmax(dim=1)[0] * count
@@ -29,14 +36,17 @@ def test_draws_follow_the_distribution(size: int) -> None:
     torch.testing.assert_close(logprobs, logits.log_softmax(dim=1)[0][ids], atol=1e-5, rtol=0)
 
 
-def test_the_ends_of_the_interval_draw_possible_tokens() -> None:
-    logits = torch.full((2, 1000), -torch.inf)
+@pytest.mark.usefixtures("sums")
+@pytest.mark.parametrize("size", [1000, 6000])
+def test_the_ends_of_the_interval_draw_possible_tokens(size: int) -> None:
+    logits = torch.full((2, size), -torch.inf)
     logits[:, 400:600] = torch.randn(2, 200, generator=torch.Generator().manual_seed(0))
     ids, logprobs = draw(logits, torch.tensor([0.0, 1.0 - 2.0**-24]))
     assert ids.tolist() == [400, 599]
     assert torch.isfinite(logprobs).all()
 
 
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("size", [1, 300, 40_000])
 def test_draws_invert_the_distribution_whatever_the_format_and_the_blocks(dtype: torch.dtype, size: int) -> None:

@@ -97,7 +97,7 @@ class Norm:
         """[..., d] to [..., d]."""
         shape = (x.shape[-1],)
         if self.centred:
-            return F.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
+            return torch.layer_norm(x, shape, self.weight, self.bias, self.epsilon)
         if x.device.type != "cpu" or x.dtype == torch.float32:
             return F.rms_norm(x, shape, self.weight, self.epsilon)
         wide = x.float()  # torch's own is slow in bf16.

@@ -1,6 +1,7 @@
 """The cache of keys and values: a block of memory for each layer, divided into slots of equal length."""
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from rlhf.models.decoder.weights import DecoderWeights
@@ -15,6 +16,8 @@ class Arena:
     def __init__(self) -> None:
         self.layers: list[Tensor] = []
         self.slots = self.length = 0
+        self._starts = torch.empty(0, 0)
+        self._range = torch.empty(0)
 
     def fit(self, weights: DecoderWeights, *, slots: int, length: int) -> None:
         """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
@@ -34,17 +37,27 @@ class Arena:
         old = None
         self.layers = [torch.zeros(shape, dtype=dtype, device=weights.device) for _ in range(weights.shape.layers)]
         self.slots, self.length = slots, length
+        heads = torch.arange(2 * slots * weights.kv_heads, device=weights.device).view(2, slots, weights.kv_heads)
+        self._starts = (heads * length).transpose(0, 1).reshape(slots, -1)
+        self._range = torch.arange(length, device=weights.device)
+
+    def places(self, positions: Int[Tensor, " n"]) -> Int[Tensor, " N"]:
+        """Where the keys and then the values of a token of each of the first slots are, in a layer seen as rows."""
+        return (self._starts[: positions.shape[0]] + positions.unsqueeze(1)).flatten()
+
+    def behind(self, positions: Int[Tensor, " n"], *, length: int) -> Bool[Tensor, "n L"]:
+        """Which of the first places of a slot are behind the position of each of the first slots."""
+        return self._range[:length] > positions.unsqueeze(1)
 
     def release(self) -> None:
         """Give the memory back."""
         self.layers = []
         self.slots = self.length = 0
 
-    def move(self, source: int, target: int, *, length: int) -> None:
-        """Copy the first tokens of one slot to another, and leave nothing of what was there."""
+    def move(self, source: int, target: int) -> None:
+        """Copy one slot to another."""
         for kept in self.layers:
-            kept[:, target, :, :length] = kept[:, source, :, :length]
-            kept[:, target, :, length:] = 0
+            kept[:, target] = kept[:, source]
 
     @property
     def nbytes(self) -> int:

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from rlhf.models.decoder.weights import DecoderWeights, LayerWeights
@@ -68,13 +68,10 @@ class Decoder:
 
         `length` is above all positions.
         """
-        shape, count = self.weights.shape, len(ids)
+        shape, count = self.weights.shape, ids.shape[0]
         kv_heads = self.weights.kv_heads
-        # A cache seen as rows: the keys of all slots and heads one behind the other, then the values.
-        heads = torch.arange(count * kv_heads, device=ids.device).view(count, kv_heads)
-        keys_at = heads * arena.length + positions.unsqueeze(1)
-        places = torch.cat([keys_at, keys_at + arena.slots * kv_heads * arena.length], dim=1).flatten()
-        bias = self._decode_bias(positions, length)
+        places = arena.places(positions)
+        bias = self._decode_bias(arena.behind(positions, length=length))
 
         def attend(layer: int, queries: Tensor, both: Tensor) -> Tensor:
             kept = arena.layers[layer]
@@ -124,7 +121,7 @@ class Decoder:
     def _heads(self, layer: LayerWeights, x: Tensor, turns: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
         """Queries [N, heads, head_dim], and keys and then values [N, 2 * kv_heads, head_dim]."""
         shape, heads, kv_heads = self.weights.shape, self.weights.heads, self.weights.kv_heads
-        joint = layer.qkv(x).view(len(x), heads + 2 * kv_heads, shape.head_dim)
+        joint = layer.qkv(x).view(x.shape[0], heads + 2 * kv_heads, shape.head_dim)
         if layer.query_norm is not None and layer.key_norm is not None:
             queries, keys = layer.query_norm(joint[:, :heads]), layer.key_norm(joint[:, heads : heads + kv_heads])
             joint = torch.cat([queries, keys, joint[:, heads + kv_heads :]], dim=1)
@@ -167,15 +164,12 @@ class Decoder:
         own = share.of(slopes, 0).to(self.weights.device)
         return (own.view(-1, 1, 1) * torch.arange(length, device=own.device)).to(self.weights.dtype)
 
-    def _decode_bias(self, positions: Int[Tensor, " n"], length: int) -> Tensor:
-        """What is added to scores [n, kv_heads or 1, heads that share keys or 1, length]: -inf behind a position."""
-        later = torch.arange(length, device=positions.device) > positions.view(-1, 1, 1, 1)
-        alibi = self._alibi(length)
+    def _decode_bias(self, later: Bool[Tensor, "n L"]) -> Tensor:
+        """What is added to scores [n, kv_heads or 1, heads that share keys or 1, L]: -inf for what is behind."""
+        alibi, own = self._alibi(later.shape[1]), later[:, None, None]
         if alibi is None:
-            base = torch.zeros(1, 1, 1, 1, dtype=self.weights.dtype, device=positions.device)
-        else:
-            base = alibi.view(1, self.weights.kv_heads, -1, length)
-        return base.masked_fill(later, -torch.inf)
+            return torch.zeros(own.shape, dtype=self.weights.dtype, device=own.device).masked_fill_(own, -torch.inf)
+        return alibi.view(1, self.weights.kv_heads, -1, later.shape[1]).masked_fill(own, -torch.inf)
 
     def _prefill_bias(self, length: int) -> Tensor | None:
         alibi = self._alibi(length)

@@ -136,7 +136,7 @@ class Batch:
     def _choose(self, logits: Float[Tensor, "n V"], where: slice) -> None:
         """Choose and note the next token of some slots."""
         slots, sampling = self.slots, self.sampling
-        steps = slots.steps[where]
+        steps, done = slots.steps[where], slots.done[where]
         if not (sampling.unbiased and sampling.temperature == 1.0):  # Else they are taken as they are.
             logits = logits.float()
         if sampling.temperature not in (0.0, 1.0):
@@ -150,9 +150,9 @@ class Batch:
         place = steps.unsqueeze(1)
         slots.ids[where].scatter_(1, place, ids.unsqueeze(1))
         slots.logprobs[where].scatter_(1, place, logprobs.unsqueeze(1))
-        slots.steps[where] += (~slots.done[where]).long()
-        stopped = (ids.unsqueeze(1) == slots.stop_ids).any(dim=1)
-        slots.done[where] |= stopped | (slots.steps[where] >= sampling.max_new_tokens)
+        steps += ~done
+        done |= (ids.unsqueeze(1) == slots.stop_ids).any(dim=1)
+        done |= steps >= sampling.max_new_tokens
         slots.tokens[where] = ids
         slots.positions[where].add_(1).clamp_(max=self.arena.length - 1)
         if slots.seen is not None:
@@ -183,7 +183,10 @@ class Batch:
     def _retire(self) -> None:
         """Take finished sequences out of the batch; the last ones move into their places."""
         slots, count = self.slots, self.slots.count
-        done, steps = slots.done[:count].tolist(), slots.steps[:count].tolist()
+        done = slots.done[:count].tolist()
+        if self.stops is None and not any(done):
+            return
+        steps = slots.steps[:count].tolist()
         for slot in reversed(range(count)):
             length, cut = steps[slot], None
             if self.stops is not None:
@@ -196,7 +199,7 @@ class Batch:
             self.finished[slots.prompts[slot]] = ids, logprobs, ended
             last = slots.count - 1
             if slot != last:
-                self.arena.move(last, slot, length=slots.lengths[last])
+                self.arena.move(last, slot)
                 slots.move(last, slot)
             slots.prompts.pop()
             slots.lengths.pop()

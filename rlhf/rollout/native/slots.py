@@ -37,9 +37,9 @@ class Slots:
     def move(self, source: int, target: int) -> None:
         """Give the last slot's place in the batch to another."""
         for kept in (self.tokens, self.positions, self.steps, self.done, self.uniforms, self.ids, self.logprobs):
-            kept[target] = kept[source].clone()
+            kept[target] = kept[source]
         if self.seen is not None:
-            self.seen[target] = self.seen[source].clone()
+            self.seen[target] = self.seen[source]
         self.prompts[target], self.lengths[target] = self.prompts[source], self.lengths[source]
 
 
