@@ -21,12 +21,15 @@ def initialize_distributed(*, timeout_minutes: float) -> torch.device:
     """Join the process group that the launcher describes in the environment and return this rank's device.
 
     DeepSpeed's shared-memory all-reduce is switched off first: it would be compiled at start-up, leaks 66 MiB of
-    /dev/shm per rank, and is only used by tensor-parallel inference.
+    /dev/shm per rank, and is only used by tensor-parallel inference. So is cuDNN's attention, which torch prefers on
+    Hopper from 2.11 on: its gradients become NaN at some lengths of padded batches (pytorch/pytorch#196678), and it
+    takes half a second to plan for each new shape.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
     if accelerator.device_name() != "cpu":
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = timedelta(minutes=timeout_minutes)
     deepspeed.init_distributed(timeout=timeout, verbose=False)
     _timeouts["collective"] = timeout

@@ -26,6 +26,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 def on_gpu(model: Any) -> Any:
     """A copy of a model on the GPU, computing exactly."""
     torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)  # As in every rank.
     return deepcopy(model).to("cuda")
 
 
@@ -125,7 +126,8 @@ def test_what_cannot_be_recorded_is_run_as_it_is(caplog: pytest.LogCaptureFixtur
     assert tokens(batch.run()) == wanted
     assert not graphs.record
     assert "not recorded as CUDA graphs" in caplog.text
-    torch.cuda.empty_cache()  # The allocator knows that recording is over.
+    torch.cuda.empty_cache()  # The allocator knows that recording is over,
+    torch.rand(1, device="cuda")  # and so do torch's random numbers.
 
 
 def test_drawn_tokens_are_the_same_recorded_or_not() -> None:

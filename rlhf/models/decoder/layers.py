@@ -119,5 +119,6 @@ def kept_tensor(tensor: Any, own: bool) -> Any:
 
 def packs(weight: Tensor) -> bool:
     """Whether a weight is packed: bf16 on a CPU."""
-    known = torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return bool(known) and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
+    if weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+        return False
+    return bool(torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported())

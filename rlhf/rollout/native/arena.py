@@ -59,6 +59,10 @@ class Arena:
         for kept in self.layers:
             kept[:, target] = kept[:, source]
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All that decoding reads of it."""
+        return (*self.layers, self._starts, self._range)
+
     @property
     def nbytes(self) -> int:
         """Its memory."""

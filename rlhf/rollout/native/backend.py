@@ -62,8 +62,8 @@ class NativeBackend:
         self.arena = Arena()
         self.parts = replace(parts, shape=parts.shape.to(engine.device))
         # Ranks that share the weights add up their parts between the kernels, which is not recorded.
-        recorded = torch.device(engine.device).type == "cuda" and self.group is None
-        self.graphs = StepGraphs(record=True) if recorded else None
+        on_gpu = torch.device(engine.device).type == "cuda"
+        self.graphs = StepGraphs(record=self.group is None) if on_gpu else None
         self.copies = sampling.gather or ranks > 1
         shared = f"over {ranks} ranks each" if ranks > 1 else "on each rank"
         how = ", gathered for each rollout" if is_partitioned(engine) else "" if self.copies else ", nothing copied"
@@ -120,6 +120,8 @@ class NativeBackend:
         """Make the cache large enough, and return how many sequences are decoded together."""
         each = length * bytes_per_token(weights)
         free = free_bytes(weights.device) + self.arena.nbytes
+        if self.graphs is not None:  # What recording took stays its own.
+            free -= self.graphs.nbytes
         room = int(free * ARENA_SHARE // each)
         if self.group is not None:  # The group's ranks decode the same batch.
             room = min(self.group.gather_objects(room))

@@ -126,8 +126,7 @@ class Decoder:
             queries, keys = layer.query_norm(joint[:, :heads]), layer.key_norm(joint[:, heads : heads + kv_heads])
             joint = torch.cat([queries, keys, joint[:, heads + kv_heads :]], dim=1)
         if turns is not None:
-            turned = _turned(joint[:, : heads + kv_heads], turns)
-            joint = torch.cat([turned, joint[:, heads + kv_heads :]], dim=1)
+            joint = _turned(joint, turns)
         return joint[:, :heads], joint[:, heads:]
 
     def _inner(self, layer: LayerWeights, x: Tensor) -> Tensor:
@@ -147,14 +146,20 @@ class Decoder:
         return self.weights.head(hidden)
 
     def _turns(self, positions: Int[Tensor, " N"], dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Cosines and signed sines [N, 1, rotary dimensions] of rotary positions (Su et al. 2021)."""
+        """Cosines and signed sines [N, heads + 2 * kv_heads, rotary dimensions] of rotary positions (Su et al. 2021).
+
+        Values are not turned: their cosines are 1. With numbers for each head nothing is cut apart and joined again.
+        """
         shape = self.weights.shape
         if shape.rotary is None:
             return None
         angles = positions.float().unsqueeze(1) * shape.rotary.to(positions.device)
         cosine, sine = angles.cos() * shape.rotary_scale, angles.sin() * shape.rotary_scale
-        turns = torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)
-        return turns[0].unsqueeze(1).to(dtype), turns[1].unsqueeze(1).to(dtype)
+        turning, resting = self.weights.heads + self.weights.kv_heads, self.weights.kv_heads
+        cosines = torch.cat([cosine, cosine], dim=1).to(dtype).unsqueeze(1).expand(-1, turning, -1)
+        sines = torch.cat([-sine, sine], dim=1).to(dtype).unsqueeze(1).expand(-1, turning, -1)
+        still = cosines.new_ones(1, 1, 1).expand(cosines.shape[0], resting, cosines.shape[2])
+        return torch.cat([cosines, still], dim=1), torch.cat([sines, torch.zeros_like(still)], dim=1)
 
     def _alibi(self, length: int) -> Float[Tensor, "heads 1 L"] | None:
         """Linear biases, rounded like the model's own."""

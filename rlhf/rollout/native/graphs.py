@@ -58,7 +58,7 @@ class StepGraphs:
         known.prompts.clear()
         known.lengths.clear()
         known.positions.zero_()  # Those that are not taken take part in steps, too.
-        fixed = (arena.length, *(tensor.data_ptr() for tensor in (*weights.tensors(), *arena.layers)))
+        fixed = (arena.slots, arena.length, *(tensor.data_ptr() for tensor in (*weights.tensors(), *arena.tensors())))
         if fixed != self._fixed:
             self.forget()
             self._fixed = fixed
@@ -141,6 +141,12 @@ class StepGraphs:
             torch._C._cuda_releasePool(device, self._pool)
         self._failed.append(graph)
         self.forget()
+        with suppress(RuntimeError, AttributeError):
+            graph.reset()  # Of a recording that ended, the memory comes back.
+        with suppress(RuntimeError, AttributeError):
+            # Before 2.13 torch's random numbers are left waiting for the recording's end; a new state does not wait.
+            generator = torch.cuda.default_generators[device]
+            generator.graphsafe_set_state(generator.clone_state())
         if isinstance(error, torch.OutOfMemoryError) and len(self._failed) < MOST_FAILURES:
             return
         self.record = False

@@ -187,10 +187,11 @@ class Batch:
         if self.stops is None and not any(done):
             return
         steps = slots.steps[:count].tolist()
+        ids_so_far = slots.ids[:count].tolist() if self.stops is not None else []
         for slot in reversed(range(count)):
             length, cut = steps[slot], None
             if self.stops is not None:
-                cut = self.stops(slots.ids[slot, :length].tolist())
+                cut = self.stops(ids_so_far[slot][:length])
             if not done[slot] and cut is None:
                 continue
             length = min(length, cut or length)
