@@ -77,6 +77,7 @@ class RankGroup:
     Attributes:
         rank: this process's place in its group.
         size: ranks in a group.
+        members: the global ranks of this process's group.
 
     Raises:
         ValueError: the ranks cannot be divided into groups of that size.
@@ -87,6 +88,7 @@ class RankGroup:
             raise ValueError(f"{world_size()} ranks cannot be divided into groups of {size}")
         self.size, self.rank = size, rank() % size
         self._first = rank() - self.rank
+        self.members = list(range(self._first, self._first + size))
         starts, timeout = range(0, world_size(), size), _timeouts.get("collective")
         groups = [dist.new_group(list(range(start, start + size)), timeout=timeout) for start in starts]
         self._group = groups[rank() // size]

