@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,16 +48,24 @@ def check_installed() -> str:
 
 
 def _remove_left_memory(group: RankGroup) -> None:
-    """Remove what a killed run left where vLLM's ranks on a CPU exchange data.
+    """Remove what an earlier run left where vLLM's ranks on a CPU exchange data.
 
-    vLLM names it by the ranks' numbers alone and does not start where it exists. A run that has started keeps what it
-    has open. Every rank of the group must call.
+    vLLM names it by the ranks' numbers alone, leaves it behind and does not start where it exists. A run that has
+    started keeps what it has open. Every rank of the group must call.
+
+    Raises:
+        ConfigError: it is there and cannot be removed.
     """
-    ranks = "-".join(map(str, group.members))
-    for name in [each.name for each in SHARED_MEMORY.glob("*cpushm_*")]:
-        if name.endswith(f"-[{ranks}]-cpushm_{group.rank}"):
-            with suppress(OSError):
-                (SHARED_MEMORY / name).unlink()
+    own = f"-[{'-'.join(map(str, group.members))}]-cpushm_{group.rank}"
+    for path in SHARED_MEMORY.glob("*cpushm_*"):
+        if path.name.endswith(own):
+            try:
+                path.unlink()
+            except OSError as error:
+                raise ConfigError(
+                    f"rollout=vllm: vLLM does not start while {path} of an earlier run exists, and it cannot be "
+                    f"removed ({error.strerror}): remove it"
+                ) from error
     group.gather_objects(None)  # No rank starts before all have removed theirs.
 
 

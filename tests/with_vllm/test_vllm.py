@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("each", [1, 2])
 def test_answers_are_those_of_transformers_with_the_weights_of_the_moment(folder: Path, each: int) -> None:
-    for rank in range(2):  # What a killed run leaves.
+    for rank in range(2 if each > 1 else 0):  # What an earlier run leaves.
         Path(f"/dev/shm/-tp:0-[0-1]-cpushm_{rank}").touch()
     run_ranks(Path(__file__).with_name("answering.py"), str(folder), str(each), ranks=2, timeout=600)
     facts: dict[str, Any] = json.loads((folder / f"vllm-{each}.json").read_text())
