@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from decoders import EOS, MODELS, SIZE, expected, model_of, prompts, tokens
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
-from test_native import EOS, MODELS, SIZE, expected, model_of, prompts, tokens
 
 from rlhf.models.decoder.parts import DecoderParts, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, generation_weights

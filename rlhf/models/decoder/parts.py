@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -52,6 +53,19 @@ class Shape:
         """The same with its tables on a device."""
         rotary, alibi = (None if table is None else table.to(device) for table in (self.rotary, self.alibi))
         return replace(self, rotary=rotary, alibi=alibi)
+
+    def rotary_tables(
+        self, positions: Int[Tensor, " N"], dtype: torch.dtype
+    ) -> tuple[Float[Tensor, "N D"], Float[Tensor, "N D"]] | None:
+        """Cosines and sines of rotary positions for a head's first D dimensions (Su et al. 2021); None without them.
+
+        x is turned by x * cosines + roll(x, D / 2) * sines: the first half of the sines is negative.
+        """
+        if self.rotary is None:
+            return None
+        angles = positions.float().unsqueeze(1) * self.rotary.to(positions.device)
+        cosine, sine = angles.cos() * self.rotary_scale, angles.sin() * self.rotary_scale
+        return torch.cat([cosine, cosine], dim=1).to(dtype), torch.cat([-sine, sine], dim=1).to(dtype)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

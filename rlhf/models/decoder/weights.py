@@ -88,7 +88,7 @@ def generation_weights(
     parts: DecoderParts,
     *,
     vocab_limit: int,
-    rows: int,
+    rows: int | None,
     gather: Gather,
     own: bool,
     share: Share | None = None,
@@ -99,7 +99,7 @@ def generation_weights(
     Args:
         parts: the model's parts.
         vocab_limit: logits from here on are padding: their rows of the output layer are left out.
-        rows: tokens that are decoded together as a rule, for which the weights are packed.
+        rows: tokens that are decoded together as a rule, for which the weights are packed; None: they are not packed.
         gather: a context in which a module's parameters are whole; entered for one block after the other.
         own: copy the weights, as those need that are whole within `gather` only; otherwise those that neither adapters
             nor packing change are the model's own.
@@ -111,7 +111,7 @@ def generation_weights(
     share = share or Share()
     own = own or share.ranks > 1
     assert copy or not own, "what is gathered or cut is copied"
-    reader = _Reader(shape=parts.shape, share=share, rows=rows if copy else None, own=own)
+    reader = _Reader(shape=parts.shape, share=share, rows=rows if copy else None, own=own, copy=copy)
     layers = []
     for layer in parts.layers:
         with gather(layer.module):
@@ -136,18 +136,19 @@ def generation_weights(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Reader:
-    """From modules whose parameters are whole to weights. Without `rows` nothing is packed, joined or merged."""
+    """From modules whose parameters are whole to weights. Without `copy` nothing is packed, joined or merged."""
 
     shape: Shape
     share: Share
     rows: int | None
     own: bool
+    copy: bool
 
     def projection(self, weight: Tensor, bias: Tensor | None) -> Projection:
         return Projection(kept_tensor(weight, self.own), kept_tensor(bias, self.own), rows=self.rows)
 
     def module(self, module: nn.Module) -> Projection:
-        if self.rows is not None:
+        if self.copy:
             return self.projection(*dense(module))
         weight, bias = base(module)
         return Projection(weight.detach(), kept_tensor(bias, False), rows=None, adapters=adapters(module))
@@ -157,10 +158,10 @@ class _Reader:
 
     def head(self, module: nn.Module, tied: Tensor | None, vocab_limit: int) -> Projection:
         """The output layer's first rows; `tied` is a weight that is shared with the embedding."""
-        weight, bias = base(module) if self.rows is None else dense(module)
+        weight, bias = dense(module) if self.copy else base(module)
         weight = (kept_tensor(weight, self.own) if tied is None else tied)[:vocab_limit]
         bias = None if bias is None else kept_tensor(bias[:vocab_limit], self.own)
-        beside = () if self.rows is not None else adapters(module)
+        beside = () if self.copy else adapters(module)
         cut = tuple(replace(adapter, up=adapter.up[:vocab_limit]) for adapter in beside)
         return Projection(weight, bias, rows=self.rows, adapters=cut)
 
@@ -177,21 +178,22 @@ class _Reader:
 
     def by_columns(self, module: nn.Module) -> Projection:
         """A projection whose inputs are divided; the bias is added once."""
-        if self.rows is None:
+        if not self.copy:
             return self.module(module)
         weight, bias = dense(module)
         return self.projection(self.share.of(weight, 1), bias if self.share.rank == 0 else None)
 
     def qkv(self, modules: tuple[nn.Module, ...]) -> Projection | Apart:
-        copied = self.own or packs(base(modules[0])[0]) or any(map(adapters, modules))
-        if self.rows is None or not copied:
+        packed = self.rows is not None and packs(base(modules[0])[0])
+        copied = self.own or packed or any(map(adapters, modules))
+        if not self.copy or not copied:
             apart = tuple(map(self.module, modules))
             return Apart(apart, per_head=self.shape.heads if self.shape.per_head else None)
         weights = [dense(module) for module in modules]
         return self.by_rows(_by_role(weights[0], self.shape) if self.shape.per_head else weights)
 
     def up(self, module: nn.Module) -> Projection:
-        return self.module(module) if self.rows is None else self.by_rows([dense(module)])
+        return self.by_rows([dense(module)]) if self.copy else self.module(module)
 
     def layer(self, parts: LayerParts) -> LayerWeights:
         gate, up = parts.up if self.shape.gated else (None, parts.up[0])

@@ -1,5 +1,6 @@
 """Native decoding with an engine's present weights."""
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,8 +20,10 @@ from rlhf.engine.generation import is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena, bytes_per_token
+from rlhf.rollout.native.compiled import CompiledBlocks, computes
 from rlhf.rollout.native.forward import Decoder
 from rlhf.rollout.native.graphs import StepGraphs
+from rlhf.rollout.native.library import NotCompiledError, load_library
 from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response, answer_together
 from rlhf.rollout.sampling import Sampling, end_of_text
@@ -67,6 +70,13 @@ class NativeBackend:
         self.copies = sampling.gather or ranks > 1
         shared = f"over {ranks} ranks each" if ranks > 1 else "on each rank"
         how = ", gathered for each rollout" if is_partitioned(engine) else "" if self.copies else ", nothing copied"
+        self.library: ctypes.CDLL | None = None
+        if not on_gpu and self.group is None:
+            try:
+                self.library = load_library()
+                how += ", compiled"
+            except NotCompiledError as error:
+                how += f", not compiled: {error}"
         self.description = f"native decoding ({parts.shape.layers} blocks {shared}{how})"
         self._weights: DecoderWeights | None = None
 
@@ -77,7 +87,8 @@ class NativeBackend:
             self._weights = generation_weights(
                 self.parts,
                 vocab_limit=self.vocab_limit,
-                rows=self.sampling.batch_size or 32,
+                # Compiled blocks read weights as they are.
+                rows=None if self.library is not None else self.sampling.batch_size or 32,
                 gather=partial(whole_parameters, self.engine),
                 own=is_partitioned(self.engine),
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
@@ -111,10 +122,16 @@ class NativeBackend:
         most = getattr(self.engine.module.config, "max_position_embeddings", None) or rounded
         slots = self._make_room(weights, count=len(rows), length=rounded if rounded <= most else longest)
         stops = partial(end_of_text, self.tokenizer, sampling.stop) if sampling.stop else None
-        decoder = Decoder(weights=weights, reduce=self.group.add_up if self.group is not None else None)
+        reduce = self.group.add_up if self.group is not None else None
+        decoder = Decoder(weights=weights, reduce=reduce, compiled=self._compiled(weights))
         agree = self.group.take_first if self.group is not None else None
         options: dict[str, Any] = {"seed": seed, "stops": stops, "slots": slots, "agree": agree, "graphs": self.graphs}
         return Batch(decoder, self.arena, rows, streams, sampling, **options).run()
+
+    def _compiled(self, weights: DecoderWeights) -> CompiledBlocks | None:
+        if self.library is None or not computes(weights):
+            return None
+        return CompiledBlocks(self.library, weights, self.arena)
 
     def _make_room(self, weights: DecoderWeights, *, count: int, length: int) -> int:
         """Make the cache large enough, and return how many sequences are decoded together."""

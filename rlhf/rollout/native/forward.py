@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf.models.decoder.weights import DecoderWeights, LayerWeights
 from rlhf.rollout.native.arena import Arena
+from rlhf.rollout.native.compiled import CompiledBlocks
 
 Reduce = Callable[[Tensor], None]
 # Layer, queries [N, heads, head_dim], keys and then values [N, 2 * kv_heads, head_dim] -> [N, heads * head_dim].
@@ -20,10 +21,11 @@ Attend = Callable[[int, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Decoder:
-    """Weights, and how the ranks that share them add up their parts (None: there is one)."""
+    """Weights, how the ranks that share them add up their parts (None: there is one), and compiled blocks, if any."""
 
     weights: DecoderWeights
     reduce: Reduce | None = None
+    compiled: CompiledBlocks | None = None
 
     def prefill(self, prompts: list[Int[Tensor, " _"]], first: int, arena: Arena) -> Float[Tensor, "n V"]:
         """Run n prompts, fill the slots from `first` on, and return the logits behind each prompt."""
@@ -68,6 +70,10 @@ class Decoder:
 
         `length` is above all positions.
         """
+        if self.compiled is not None:
+            hidden = self._embedded(ids, positions)
+            self.compiled.blocks(hidden, positions)
+            return self.compiled.logits(self._finished(hidden))
         shape, count = self.weights.shape, ids.shape[0]
         kv_heads = self.weights.kv_heads
         places = arena.places(positions)
@@ -85,17 +91,25 @@ class Decoder:
         return self._logits(self._blocks(ids, positions, attend))
 
     def _blocks(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"], attend: Attend) -> Float[Tensor, "N d"]:
-        weights, shape = self.weights, self.weights.shape
+        x = self._embedded(ids, positions)
+        turns = self._turns(positions, x.dtype)
+        for index, layer in enumerate(self.weights.layers):
+            x = self._block(layer, x, turns, partial(attend, index))
+        return self._finished(x)
+
+    def _embedded(self, ids: Int[Tensor, " N"], positions: Int[Tensor, " N"]) -> Float[Tensor, "N d"]:
+        weights = self.weights
         x = F.embedding(ids, weights.embedding)
         if weights.embedding_norm is not None:
             x = weights.embedding_norm(x)
         if weights.project_in is not None:
             x = weights.project_in(x)
         if weights.positions is not None:
-            x = x + F.embedding(positions + shape.position_offset, weights.positions)
-        turns = self._turns(positions, x.dtype)
-        for index, layer in enumerate(weights.layers):
-            x = self._block(layer, x, turns, partial(attend, index))
+            x = x + F.embedding(positions + weights.shape.position_offset, weights.positions)
+        return x
+
+    def _finished(self, x: Float[Tensor, "N d"]) -> Float[Tensor, "N e"]:
+        weights = self.weights
         if weights.final_norm is not None:
             x = weights.final_norm(x)
         return weights.project_out(x) if weights.project_out is not None else x
@@ -150,14 +164,11 @@ class Decoder:
 
         Values are not turned: their cosines are 1. With numbers for each head nothing is cut apart and joined again.
         """
-        shape = self.weights.shape
-        if shape.rotary is None:
+        tables = self.weights.shape.rotary_tables(positions, dtype)
+        if tables is None:
             return None
-        angles = positions.float().unsqueeze(1) * shape.rotary.to(positions.device)
-        cosine, sine = angles.cos() * shape.rotary_scale, angles.sin() * shape.rotary_scale
         turning, resting = self.weights.heads + self.weights.kv_heads, self.weights.kv_heads
-        cosines = torch.cat([cosine, cosine], dim=1).to(dtype).unsqueeze(1).expand(-1, turning, -1)
-        sines = torch.cat([-sine, sine], dim=1).to(dtype).unsqueeze(1).expand(-1, turning, -1)
+        cosines, sines = (table.unsqueeze(1).expand(-1, turning, -1) for table in tables)
         still = cosines.new_ones(1, 1, 1).expand(cosines.shape[0], resting, cosines.shape[2])
         return torch.cat([cosines, still], dim=1), torch.cat([sines, torch.zeros_like(still)], dim=1)
 

@@ -1,0 +1,218 @@
+"""Decoding by compiled blocks on a CPU, against transformers and against torch's operations."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoders import EOS, GROUPED, MODELS, SIZE, decoded, expected, model_of, prompts, replace_range, tokens, weights_of
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from rlhf.models.decoder.weights import DecoderWeights
+from rlhf.rollout.native import library as building
+from rlhf.rollout.native.arena import Arena
+from rlhf.rollout.native.compiled import CompiledBlocks, computes
+from rlhf.rollout.native.forward import Decoder
+from rlhf.rollout.native.library import NotCompiledError, load_library
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+NARROWER = {"avx512": (), "avx2": ("-mno-avx512f",), "sse": ("-mno-avx",)}
+
+
+def without_tiles() -> ctypes.CDLL:
+    """The library as it is where a CPU has no matrix unit."""
+    library = load_library.__wrapped__()
+    library.decode_kind = lambda _model, _head, half: half.value
+    return library
+
+
+@pytest.fixture(params=NARROWER)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """Built for this CPU, and for ones with less."""
+    monkeypatch.setattr(building, "FLAGS", (*building.FLAGS, *NARROWER[request.param]))
+    return load_library.__wrapped__()
+
+
+def test_greedy_tokens_are_those_of_transformers(library: ctypes.CDLL) -> None:
+    for name in MODELS:
+        model, rows = model_of(name), prompts()
+        wanted = expected(model, rows)
+        for slots, own in ((8, True), (3, False)):
+            found = decoded(model, rows, slots=slots, own=own, library=library)
+            assert tokens(found) == wanted, name
+            for row, response in zip(rows, found, strict=True):
+                with torch.no_grad():
+                    logits = model(torch.cat([row, response.ids]).unsqueeze(0)).logits[0, len(row) - 1 : -1]
+                computed = logits.log_softmax(dim=1).gather(1, response.ids.unsqueeze(1)).squeeze(1)
+                torch.testing.assert_close(response.logprobs, computed, atol=1e-4, rtol=0)
+        assert tokens(decoded(model, rows[:1], library=library)) == wanted[:1]
+
+
+def test_sampled_tokens_are_those_of_torchs_operations() -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 3, "repetition_penalty": 1.2, "top_p": 0.9}
+    for name in MODELS:
+        model, rows = model_of(name), prompts()
+        assert tokens(decoded(model, rows, library=load_library(), **options)) == tokens(
+            decoded(model, rows, **options)
+        )
+
+
+def test_adapters_are_merged_and_the_weights_are_not_copied_otherwise() -> None:
+    model, rows = model_of("qwen2"), prompts()
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    weights = weights_of(model, own=False, rows=None)
+    assert all(tensor.data_ptr() in own for tensor in weights.tensors() if tensor is not weights.shape.rotary)
+    inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules=["k_proj", "down_proj"]), model)
+    for part, parameter in model.named_parameters():
+        if "lora_B" in part:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
+    wanted = expected(model, rows)
+    assert wanted != expected(model_of("qwen2"), rows)
+    assert tokens(decoded(model, rows, own=False, library=load_library())) == wanted
+
+
+def state(weights: DecoderWeights, *, count: int, length: int = 40) -> tuple[Arena, torch.Tensor, torch.Tensor]:
+    """A filled cache, and a token for each of its slots."""
+    generator = torch.Generator().manual_seed(count)
+    arena = Arena()
+    arena.fit(weights, slots=count, length=length)
+    for kept in arena.layers:
+        kept.normal_(generator=generator).mul_(0.5)
+    positions = torch.randint(0, length, (count,), generator=generator)
+    return arena, torch.randint(0, SIZE, (count,), generator=generator), positions
+
+
+def small(name: str) -> Any:
+    """A model with weights of a usual size; `uneven` has matrices that do not fill tiles."""
+    if name == "uneven":
+        sizes = {"hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 1, "initializer_range": 0.02}
+        torch.manual_seed(0)
+        return LlamaForCausalLM(LlamaConfig(**GROUPED | sizes)).eval()
+    kind, config = MODELS[name]
+    torch.manual_seed(0)
+    return kind(replace_range(config)).eval()
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_bf16_is_as_close_to_fp32_as_torchs_operations_are(tiles: bool) -> None:
+    library = load_library() if tiles else without_tiles()
+    with torch.inference_mode():
+        for name in (*MODELS, "uneven"):
+            model = small(name)
+            exact = weights_of(model, rows=None)
+            half = weights_of(model.to(torch.bfloat16), rows=None)
+            for count in (1, 7, 16, 17, 32, 33, 50):
+                results = []
+                for weights, compiled in ((exact, False), (half, False), (half, True)):
+                    arena, ids, positions = state(weights, count=count)
+                    blocks = CompiledBlocks(library, weights, arena) if compiled else None
+                    decoder = Decoder(weights=weights, compiled=blocks)
+                    results.append(decoder.decode(ids, positions, arena, length=40).float())
+                errors = [(result - results[0]).abs().mean() for result in results[1:]]
+                assert errors[1] < 1.3 * errors[0], (name, count)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_a_tokens_numbers_do_not_depend_on_its_neighbours(dtype: torch.dtype, tiles: bool) -> None:
+    """To the last bit, whatever the number of threads."""
+    library = load_library() if tiles else without_tiles()
+    threads = torch.get_num_threads()
+    with torch.inference_mode():
+        for name in ("llama", "bloom", "uneven"):
+            weights = weights_of(small(name).to(dtype), rows=None)
+            arena, ids, positions = state(weights, count=37)
+            results = []
+            for number in (1, 2, 3):
+                torch.set_num_threads(number)
+                blocks = CompiledBlocks(library, weights, arena)
+                decoder = Decoder(weights=weights, compiled=blocks)
+                results.append(decoder.decode(ids, positions, arena, length=40))
+                fewer = [decoder.decode(ids[:count], positions[:count], arena, length=40) for count in (1, 5, 16, 30)]
+                for part in fewer:
+                    assert torch.equal(part, results[-1][: len(part)])
+            torch.set_num_threads(threads)
+            assert torch.equal(results[0], results[1])
+            assert torch.equal(results[0], results[2])
+
+
+def test_what_a_broken_sequence_leaves_behind_does_no_harm_and_is_not_hidden() -> None:
+    weights = weights_of(model_of("llama"), rows=None)
+    with torch.inference_mode():
+        arena, ids, positions = state(weights, count=3)
+        decoder = Decoder(weights=weights, compiled=CompiledBlocks(load_library(), weights, arena))
+        wanted = decoder.decode(ids, positions, arena, length=40)
+        for kept in arena.layers:
+            for slot, position in enumerate(positions.tolist()):
+                kept[:, slot, :, position:] = torch.nan
+        assert torch.equal(decoder.decode(ids, positions, arena, length=40), wanted)
+        positions[0] = 5
+        for kept in arena.layers:
+            kept[1, 0, :, 3] = torch.nan
+        broken = decoder.decode(ids, positions, arena, length=40)
+        assert broken[0].isnan().all()
+        assert torch.equal(broken[1:], wanted[1:])
+
+
+def test_what_the_compiled_blocks_do_not_have_is_left_to_torch() -> None:
+    def known(name: str, **changes: Any) -> bool:
+        model = model_of(name)
+        for key, value in changes.items():
+            setattr(model.config, key, value)
+        return computes(weights_of(model, rows=None))
+
+    assert all(known(name) for name in MODELS)
+    assert not known("llama", hidden_act="gelu_new")
+    assert not computes(weights_of(model_of("llama").to(torch.float16), rows=None))
+    mixed = model_of("llama").to(torch.bfloat16)
+    mixed.model.norm.float()
+    assert not computes(weights_of(mixed, rows=None))
+
+
+COMPILERS = {
+    "nothing-of-this-name": "no C\\+\\+ compiler nothing-of-this-name",
+    "false": "false: exit code 1",
+    "{folder}/clang": "it takes g\\+\\+",
+    "{folder}/broken": "broken: fatal error: no space",
+}
+
+
+@pytest.mark.parametrize("name", COMPILERS)
+def test_a_compiler_that_cannot_be_used_is_named(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script(tmp_path / "clang", "echo '#define __clang__ 1'")
+    script(tmp_path / "broken", "case $* in *-dM*) ;; *) echo 'fatal error: no space' >&2; exit 1;; esac")
+    monkeypatch.setenv("CXX", name.format(folder=tmp_path))
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(NotCompiledError, match=COMPILERS[name]):
+        load_library.__wrapped__()
+    assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def script(path: Path, text: str) -> None:
+    """A program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
+    script(tmp_path / "compiler", f"echo $* >> {tmp_path}/calls; exec g++ $* -O0")
+    environment = os.environ | {"CXX": str(tmp_path / "compiler"), "RLHF_CACHE": str(tmp_path / "cache")}
+    code = "from rlhf.rollout.native.library import load_library; print(load_library().decode_kind)"
+    ranks = [subprocess.Popen([sys.executable, "-c", code], env=environment) for _ in range(2)]
+    assert [rank.wait() for rank in ranks] == [0, 0]
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert sum("-shared" in call for call in calls) == 1
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
+
+
+def test_the_end_of_text_is_seen() -> None:
+    model, rows = model_of("opt"), prompts()
+    found = decoded(model, rows, library=load_library())
+    assert [response.ended for response in found] == [row[-1] == EOS for row in expected(model, rows)]
