@@ -78,7 +78,7 @@ struct Vectors {
 #pragma GCC unroll 4
             for (int j = 0; j < OUTPUTS; j++) {
                 at[j] = w[j] + k;
-                __builtin_prefetch((const char*)at[j] + 512);
+                __builtin_prefetch(at[j] + OUTPUTS * inputs, 0, 2);  // The next four rows.
             }
             step<M>(at, x + k, stride, sums);
         }
@@ -141,7 +141,7 @@ struct Vectors {
 struct Tiles {
     using Value = BFloat16;
     using Packed = BFloat16;  // [rows / 16, inputs / 2, 16, 2], as the unit wants its second factor.
-    static constexpr int SIDE = 16, DEPTH = 32, AHEAD = 256;
+    static constexpr int SIDE = 16, DEPTH = 32;
 
     static bool fits(const Matrix& matrix) {
         return !matrix.weight || (matrix.inputs % DEPTH == 0 && matrix.outputs >= SIDE);
@@ -183,7 +183,8 @@ struct Tiles {
         if (BROAD > 1) _tile_zero(2);
         if (HIGH > 1 && BROAD > 1) _tile_zero(3);
         for (int64_t k = 0; k < inputs; k += DEPTH) {
-            for (int row = 0; row < HIGH * SIDE; row++) __builtin_prefetch(w + row * inputs + k + AHEAD);
+            // What the next call reads, into the second level of the cache.
+            for (int row = 0; row < HIGH * SIDE; row++) __builtin_prefetch(w + (HIGH * SIDE + row) * inputs + k, 0, 2);
             _tile_loadd(4, w + k, inputs * sizeof(Value));
             if (HIGH > 1) _tile_loadd(5, w + next + k, inputs * sizeof(Value));
             _tile_loadd(6, x + k * SIDE, 64);
