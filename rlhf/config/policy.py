@@ -18,7 +18,7 @@ class RolloutConfig:
 
     backend: RolloutBackend = option(
         RolloutBackend.auto,
-        "What generates: native (packed weights, a static cache, continuous batching), vllm (installed beside), hf "
+        "What generates: native (a static cache, continuous batching, compiled on CPUs), vllm (installed beside), hf "
         "(transformers' generate: any model, slowly), or auto: native where it knows the model and, under ZeRO-3, a "
         "copy of the policy fits.",
     )
@@ -71,8 +71,8 @@ class RolloutConfig:
     gather: bool | None = option(
         None,
         "Make a copy of the policy for each rollout where generation needs one: gathered under ZeRO-3, with adapters "
-        "merged, packed on a CPU. Otherwise the weights are used as they are, which is slower; under ZeRO-3 by "
-        "transformers, gathering each layer at each token. null: if it fits.",
+        "merged, packed on a CPU without g++. Otherwise the weights are used as they are, which is slower; under "
+        "ZeRO-3 by transformers, gathering each layer at each token. null: if it fits.",
     )
 
 

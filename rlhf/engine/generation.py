@@ -9,7 +9,7 @@ import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-TOGETHER = 2**26  # Bytes that are gathered in one collective, and for a moment exist twice.
+TOGETHER = 2**24  # Bytes that are gathered in one collective, and for a moment exist twice; more is slower on CPUs.
 
 
 @contextmanager
@@ -52,6 +52,15 @@ def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
         return
     with _gathered(list(module.parameters())):
         yield
+
+
+def count_together(engine: Any, module: nn.Module) -> int:
+    """How many modules as large as this one are gathered in one collective: small ones cost by their number."""
+    if not is_partitioned(engine):
+        return 1
+    parameters: list[Any] = list(module.parameters())
+    size: int = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
+    return max(1, TOGETHER // max(1, size))
 
 
 @contextmanager

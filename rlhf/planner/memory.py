@@ -148,6 +148,7 @@ def _generates_from_a_copy(config: Config, actor: Role) -> bool:
         return True
     if config.rollout.backend is RolloutBackend.hf:
         return False  # It generates with the weights and the adapters as they are.
+    # With a compiler there is none: this is the most that may be needed.
     packed = config.hardware.accelerator is Accelerator.cpu and config.memory.precision is Precision.bf16
     return packed or (config.lora.rank is not None and actor.optimizer is not None)
 

@@ -1,5 +1,6 @@
 """Further facts that `worker.py` collects on each rank: what generates, under each ZeRO stage, adapted or not."""
 
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from rlhf.models.lora import AdaptersOff, add_adapters
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.forward import response_logprobs
 from rlhf.rollout.generate import Generator
+from rlhf.rollout.native import backend
+from rlhf.rollout.native.library import NotCompiledError
 from rlhf.rollout.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, stop_ids=(1,), max_new_tokens=12, batch_size=3)
@@ -47,7 +50,10 @@ def answers(engine: Any, prompts: PromptBatch, folder: Path, sampling: Sampling,
     """The responses of one way to generate."""
     tokenizer = load_tokenizer(folder / "policy")
     generator = Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer))
-    assert generator.native == (sampling.backend is not RolloutBackend.hf), generator.backend.description
+    said = generator.backend.description
+    assert generator.native == (sampling.backend is not RolloutBackend.hf), said
+    alone = generator.native and sampling.tensor_parallel == 1 and "adapters beside the weights" not in said
+    assert (", compiled" in said) == (alone and shutil.which("g++") is not None), said
     return generator.generate(prompts, **options)
 
 
@@ -89,6 +95,11 @@ def native_facts(
     else:
         in_place = answers(engine, prompts, folder, replace(GREEDY, gather=False))
         facts["in_place"] = float(tokens(in_place) == tokens(slow))
+        with patch.object(backend, "load_library", side_effect=NotCompiledError("no compiler")):
+            options: dict[str, Any] = {"tokenizer": load_tokenizer(folder / "policy"), "vocab_limit": limit}
+            generator = Generator(engine=engine, sampling=GREEDY, **options)
+        assert "not compiled: no compiler" in generator.backend.description
+        facts["by_torch"] = float(tokens(generator.generate(prompts)) == tokens(slow))
     if adapted:
         reference = AdaptersOff(engine)
         facts["reference_same"] = float(

@@ -93,6 +93,7 @@ def generation_weights(
     own: bool,
     share: Share | None = None,
     copy: bool = True,
+    together: int = 1,
 ) -> DecoderWeights:
     """A model's weights as they are now, for generation.
 
@@ -100,22 +101,24 @@ def generation_weights(
         parts: the model's parts.
         vocab_limit: logits from here on are padding: their rows of the output layer are left out.
         rows: tokens that are decoded together as a rule, for which the weights are packed; None: they are not packed.
-        gather: a context in which a module's parameters are whole; entered for one block after the other.
+        gather: a context in which a module's parameters are whole; entered for a few blocks after the other.
         own: copy the weights, as those need that are whole within `gather` only; otherwise those that neither adapters
             nor packing change are the model's own.
         share: what of the heads, which the ranks divide, and of the MLPs this process computes, in a copy; all if not
             given.
         copy: without it nothing is copied: neither packed nor joined, and adapters are computed apart. The parameters
             must be whole, and all of the heads this process's.
+        together: blocks that are gathered at once.
     """
     share = share or Share()
     own = own or share.ranks > 1
     assert copy or not own, "what is gathered or cut is copied"
     reader = _Reader(shape=parts.shape, share=share, rows=rows if copy else None, own=own, copy=copy)
-    layers = []
-    for layer in parts.layers:
-        with gather(layer.module):
-            layers.append(reader.layer(layer))
+    layers: list[LayerWeights] = []
+    for first in range(0, len(parts.layers), together):
+        some = parts.layers[first : first + together]
+        with gather(nn.ModuleList(layer.module for layer in some)):
+            layers += map(reader.layer, some)
     with gather(nn.ModuleList(parts.outer())):
         embedding = kept_tensor(base(parts.embedding)[0], own)
         tied = base(parts.head)[0] is base(parts.embedding)[0] and (not copy or not adapters(parts.head))

@@ -16,11 +16,11 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.batch import PromptBatch, Rollout
 from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import RankGroup, local_world_size
-from rlhf.engine.generation import is_partitioned, whole_parameters
+from rlhf.engine.generation import count_together, is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
 from rlhf.rollout.native.arena import Arena, bytes_per_token
-from rlhf.rollout.native.compiled import CompiledBlocks, computes
+from rlhf.rollout.native.compiled import CompiledBlocks, reason_against
 from rlhf.rollout.native.forward import Decoder
 from rlhf.rollout.native.graphs import StepGraphs
 from rlhf.rollout.native.library import NotCompiledError, load_library
@@ -70,15 +70,22 @@ class NativeBackend:
         self.copies = sampling.gather or ranks > 1
         shared = f"over {ranks} ranks each" if ranks > 1 else "on each rank"
         how = ", gathered for each rollout" if is_partitioned(engine) else "" if self.copies else ", nothing copied"
-        self.library: ctypes.CDLL | None = None
-        if not on_gpu and self.group is None:
-            try:
-                self.library = load_library()
-                how += ", compiled"
-            except NotCompiledError as error:
-                how += f", not compiled: {error}"
+        self.library, found = self._find_library(on_gpu=on_gpu)
+        how += found
         self.description = f"native decoding ({parts.shape.layers} blocks {shared}{how})"
         self._weights: DecoderWeights | None = None
+
+    def _find_library(self, *, on_gpu: bool) -> tuple[ctypes.CDLL | None, str]:
+        """The compiled part, if it can be used, and what is said about it."""
+        if on_gpu or self.group is not None:
+            return None, ""
+        against = reason_against(self.parts, merged=self.copies)
+        try:
+            if against is None:
+                return load_library(), ", compiled"
+        except NotCompiledError as error:
+            against = str(error)
+        return None, f", not compiled: {against}"
 
     @contextmanager
     def mode(self) -> Iterator[DecoderWeights]:
@@ -93,6 +100,7 @@ class NativeBackend:
                 own=is_partitioned(self.engine),
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
                 copy=self.copies,
+                together=count_together(self.engine, self.parts.layers[0].module),
             )
             yield self._weights
             self._keep_cache(self._weights)
@@ -129,7 +137,7 @@ class NativeBackend:
         return Batch(decoder, self.arena, rows, streams, sampling, **options).run()
 
     def _compiled(self, weights: DecoderWeights) -> CompiledBlocks | None:
-        if self.library is None or not computes(weights):
+        if self.library is None:
             return None
         return CompiledBlocks(self.library, weights, self.arena)
 

@@ -11,7 +11,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from rlhf.models.decoder.layers import Apart, Norm, Projection
-from rlhf.models.decoder.weights import DecoderWeights, LayerWeights
+from rlhf.models.decoder.parts import DecoderParts
+from rlhf.models.decoder.weights import DecoderWeights, LayerWeights, adapters, base
 from rlhf.rollout.native.arena import Arena
 
 _pointer, _number = ctypes.c_void_p, ctypes.c_int64
@@ -31,6 +32,7 @@ class _Layer(ctypes.Structure):
         *((name, _Norm) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
         ("qkv", _Matrix * 3),
         *((name, _Matrix) for name in ("out", "gate", "up", "down")),
+        ("per_head", _number),
         ("kept", _pointer),
     )
 
@@ -38,34 +40,33 @@ class _Layer(ctypes.Structure):
 class _Model(ctypes.Structure):
     _fields_ = (
         *((name, _number) for name in ("layers", "width", "heads", "kv_heads", "head_dim", "inner", "activation")),
-        *((name, _number) for name in ("parallel", "norm_after", "per_head", "slots", "length", "rotary")),
+        *((name, _number) for name in ("parallel", "norm_after", "slots", "length", "rotary")),
         ("scale", ctypes.c_double),
         *((name, _pointer) for name in ("cosines", "sines", "alibi", "layer")),
     )
 
 
-def computes(weights: DecoderWeights) -> bool:
-    """Whether the compiled blocks have all that a decoder needs."""
-    shape = weights.shape
-    parts = [part for layer in weights.layers for part in _projections(layer)]
-    norms = [norm for layer in weights.layers for norm in (layer.attention_norm, layer.mlp_norm)]
-    # The tables of positions are in fp32.
-    tables = [id(table) for table in (shape.rotary, shape.alibi)]
-    tensors = [tensor for tensor in weights.tensors() if id(tensor) not in tables]
-    return (
-        weights.device.type == "cpu"
-        and weights.dtype in (torch.float32, torch.bfloat16)
-        and weights.share.ranks == 1
-        and shape.activation in ACTIVATIONS
-        and shape.head_dim % 2 == 0
-        and not any(part.packed or part.adapters for part in (*parts, weights.head))
-        and all(norm.weight is not None for norm in norms)
-        and all(tensor.dtype == weights.dtype and tensor.is_contiguous() for tensor in tensors)
-    )
+def reason_against(parts: DecoderParts, *, merged: bool) -> str | None:
+    """Why the compiled blocks cannot compute a decoder; None if they can. `merged`: adapters are, if there are any."""
+    shape = parts.shape
+    if shape.activation not in ACTIVATIONS:
+        return f"activation {shape.activation}"
+    if shape.head_dim % 2:
+        return f"heads of {shape.head_dim} numbers"
+    if not merged and any(map(adapters, parts.dense())):
+        return "adapters beside the weights"
+    inner = [(layer.attention_norm, layer.mlp_norm, layer.query_norm, layer.key_norm) for layer in parts.layers]
+    norms = [norm for norms in inner for norm in norms if norm is not None]
+    if any(getattr(norm, "weight", None) is None for norm in norms):
+        return "norms without weights"
+    kinds = {base(part)[0].dtype for part in (*parts.dense(), *norms)}
+    if len(kinds) > 1 or not kinds <= {torch.float32, torch.bfloat16}:
+        return "weights in " + " and ".join(sorted(str(kind).removeprefix("torch.") for kind in kinds))
+    return None
 
 
 class CompiledBlocks:
-    """The blocks and the output layer of a decoder for which `computes` holds.
+    """The blocks and the output layer of a decoder against which there is no reason.
 
     Args:
         library: of `load_library`.
@@ -75,13 +76,17 @@ class CompiledBlocks:
     def __init__(self, library: ctypes.CDLL, weights: DecoderWeights, arena: Arena) -> None:
         self._library, self._weights, self._arena = library, weights, arena
         shape = weights.shape
+        tables = [id(table) for table in (shape.rotary, shape.alibi)]  # In fp32.
+        for tensor in weights.tensors():
+            assert tensor.is_contiguous() and (tensor.dtype == weights.dtype or id(tensor) in tables)
+        for part in (weights.head, *(part for layer in weights.layers for part in _projections(layer))):
+            assert not part.packed and not part.adapters, "weights are read as they lie in the model"
         self._turns = shape.rotary_tables(torch.arange(arena.length), weights.dtype)
         cosines, sines = self._turns or (None, None)
         self._layers = (_Layer * shape.layers)(
             *(_layer(layer, kept) for layer, kept in zip(weights.layers, arena.layers, strict=True))
         )
         first = weights.layers[0]
-        joint = isinstance(first.qkv, Apart) and first.qkv.per_head is not None
         self._model = _Model(
             layers=shape.layers,
             width=first.out.features,
@@ -92,7 +97,6 @@ class CompiledBlocks:
             activation=ACTIVATIONS[shape.activation],
             parallel=shape.parallel,
             norm_after=shape.norm_after,
-            per_head=joint,
             slots=arena.slots,
             length=arena.length,
             rotary=cosines.shape[1] if cosines is not None else 0,
@@ -164,5 +168,6 @@ def _layer(layer: LayerWeights, kept: Tensor) -> _Layer:
         gate=_matrix(layer.gate),
         up=_matrix(layer.up),
         down=_matrix(layer.down),
+        per_head=isinstance(layer.qkv, Apart) and layer.qkv.per_head is not None,
         kept=_address(kept),
     )

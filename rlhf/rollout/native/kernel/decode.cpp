@@ -10,14 +10,15 @@ struct Norm {  // A layer norm (centred) or a root-mean-square norm; without a w
     double epsilon;
 };
 
-struct Layer {  // Up to three projections of queries, keys and values; a null gate: there is none.
+struct Layer {  // Up to three projections of queries, keys and values, or one, perhaps head by head; a null gate: none.
     Norm attention_norm, mlp_norm, query_norm, key_norm;
     Matrix qkv[3], out, gate, up, down;
+    int64_t per_head;
     void* kept;  // Keys and then values, each [slots, kv_heads, length, head_dim].
 };
 
 struct Model {
-    int64_t layers, width, heads, kv_heads, head_dim, inner, activation, parallel, norm_after, per_head;
+    int64_t layers, width, heads, kv_heads, head_dim, inner, activation, parallel, norm_after;
     int64_t slots, length, rotary;
     double scale;
     const void *cosines, *sines;  // [length, rotary], the sines' first half negative; null without rotary positions.
@@ -58,7 +59,7 @@ struct Attention {
 
     const float* head(int role, int64_t index) const {
         const int64_t before[] = {0, model.heads, model.heads + model.kv_heads};
-        return joint + (model.per_head ? index * 3 + role : before[role] + index) * model.head_dim;
+        return joint + (layer.per_head ? index * 3 + role : before[role] + index) * model.head_dim;
     }
 
     void prepare(const float* from, const Norm& norm, float* to) const {

@@ -82,7 +82,7 @@ static inline int64_t padded(int64_t count) { return (count + CHUNK - 1) / CHUNK
 // x with the lanes of each pair of neighbouring groups of WIDTH exchanged.
 template <int WIDTH, int... LANE>
 static inline Lanes exchanged(Lanes x, std::integer_sequence<int, LANE...>) {
-    return __builtin_shufflevector(x, x, (LANE ^ WIDTH)...);
+    return __builtin_shuffle(x, Bits{uint32_t(LANE ^ WIDTH)...});
 }
 
 template <int WIDTH = LANES / 2>
