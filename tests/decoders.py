@@ -6,6 +6,8 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import inject_adapter_in_model
 from transformers import (
     BloomConfig,
     BloomForCausalLM,
@@ -78,6 +80,14 @@ def model_of(name: str, seed: int = 0) -> Any:
     kind, config = MODELS[name]
     torch.manual_seed(seed)
     return kind(config).eval()
+
+
+def adapt(model: Any, modules: list[str]) -> None:
+    """Give a model adapters that change it."""
+    inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules=modules), model)
+    for part, parameter in model.named_parameters():
+        if "lora_B" in part:
+            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
 
 
 def prompts(lengths: tuple[int, ...] = LENGTHS) -> list[torch.Tensor]:

@@ -11,7 +11,20 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import EOS, GROUPED, MODELS, SIZE, decoded, expected, model_of, prompts, replace_range, tokens, weights_of
+from decoders import (
+    EOS,
+    GROUPED,
+    MODELS,
+    SIZE,
+    adapt,
+    decoded,
+    expected,
+    model_of,
+    prompts,
+    replace_range,
+    tokens,
+    weights_of,
+)
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -44,6 +57,7 @@ def test_greedy_tokens_are_those_of_transformers(library: ctypes.CDLL) -> None:
         for slots, own in ((8, True), (3, False)):
             found = decoded(model, rows, slots=slots, own=own, library=library)
             assert tokens(found) == wanted, name
+            assert [response.ended for response in found] == [row[-1] == EOS for row in wanted]
             for row, response in zip(rows, found, strict=True):
                 with torch.no_grad():
                     logits = model(torch.cat([row, response.ids]).unsqueeze(0)).logits[0, len(row) - 1 : -1]
@@ -76,10 +90,7 @@ def test_adapters_are_merged_and_the_weights_are_not_copied_otherwise(name: str,
     weights = weights_of(model, own=False, rows=None)
     tables = [id(table) for table in (weights.shape.rotary, weights.shape.alibi)]
     assert all(tensor.data_ptr() in own for tensor in weights.tensors() if id(tensor) not in tables)
-    inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules=modules), model)
-    for part, parameter in model.named_parameters():
-        if "lora_B" in part:
-            torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
+    adapt(model, modules)
     wanted = expected(model, rows)
     assert wanted != expected(model_of(name), rows)
     assert tokens(decoded(model, rows, own=False, library=load_library())) == wanted
@@ -204,6 +215,7 @@ def test_what_the_compiled_blocks_do_not_have_is_named() -> None:
 COMPILERS = {
     "nothing-of-this-name": "no C\\+\\+ compiler nothing-of-this-name",
     "false": "false: exit code 1",
+    'g++ "': "ValueError: No closing quotation",
     "{folder}/clang": "it takes g\\+\\+",
     "{folder}/broken": "broken: fatal error: no space",
 }
@@ -218,6 +230,15 @@ def test_a_compiler_that_cannot_be_used_is_named(name: str, tmp_path: Path, monk
     with pytest.raises(NotCompiledError, match=COMPILERS[name]):
         load_library.__wrapped__()
     assert not list((tmp_path / "cache").rglob("*.so"))
+
+
+def test_a_directory_that_others_may_write_to_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = tmp_path / f"compiled-{os.getuid()}"
+    directory.mkdir()
+    directory.chmod(0o777)
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path))
+    with pytest.raises(NotCompiledError, match="others may write to"):
+        load_library.__wrapped__()
 
 
 def script(path: Path, text: str) -> None:
@@ -235,9 +256,3 @@ def test_processes_that_start_together_compile_once(tmp_path: Path) -> None:
     calls = (tmp_path / "calls").read_text().splitlines()
     assert sum("-shared" in call for call in calls) == 1
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
-
-
-def test_the_end_of_text_is_seen() -> None:
-    model, rows = model_of("opt"), prompts()
-    found = decoded(model, rows, library=load_library())
-    assert [response.ended for response in found] == [row[-1] == EOS for row in expected(model, rows)]

@@ -7,7 +7,20 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import EOS, GROUPED, MODELS, SIZE, decoded, expected, model_of, prompts, replace_range, tokens, weights_of
+from decoders import (
+    EOS,
+    GROUPED,
+    MODELS,
+    SIZE,
+    adapt,
+    decoded,
+    expected,
+    model_of,
+    prompts,
+    replace_range,
+    tokens,
+    weights_of,
+)
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from transformers import (
@@ -210,10 +223,7 @@ def test_adapters_that_are_not_merged_compute_the_same() -> None:
     targets |= {"pythia": ["query_key_value", "dense"], "bloom": ["query_key_value", "dense_4h_to_h"]}
     for name, modules in targets.items():
         model, rows = model_of(name), prompts()
-        inject_adapter_in_model(PeftLoraConfig(r=3, lora_alpha=7, target_modules=modules), model)
-        for part, parameter in model.named_parameters():
-            if "lora_B" in part:
-                torch.nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(len(part)))
+        adapt(model, modules)
         wanted = expected(model, rows)
         assert wanted != expected(model_of(name), rows)
         own = {parameter.data_ptr() for parameter in model.parameters()}

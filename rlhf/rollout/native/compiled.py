@@ -133,9 +133,12 @@ class CompiledBlocks:
         return result
 
 
+def _qkv(layer: LayerWeights) -> tuple[Projection, ...]:
+    return layer.qkv.projections if isinstance(layer.qkv, Apart) else (layer.qkv,)
+
+
 def _projections(layer: LayerWeights) -> list[Projection]:
-    qkv = layer.qkv.projections if isinstance(layer.qkv, Apart) else (layer.qkv,)
-    return [part for part in (*qkv, layer.out, layer.gate, layer.up, layer.down) if part is not None]
+    return [part for part in (*_qkv(layer), layer.out, layer.gate, layer.up, layer.down) if part is not None]
 
 
 def _address(tensor: Any) -> int | None:
@@ -157,13 +160,12 @@ def _norm(norm: Norm | None) -> _Norm:
 
 
 def _layer(layer: LayerWeights, kept: Tensor) -> _Layer:
-    qkv = layer.qkv.projections if isinstance(layer.qkv, Apart) else (layer.qkv,)
     return _Layer(
         attention_norm=_norm(layer.attention_norm),
         mlp_norm=_norm(layer.mlp_norm),
         query_norm=_norm(layer.query_norm),
         key_norm=_norm(layer.key_norm),
-        qkv=(_Matrix * 3)(*map(_matrix, qkv)),
+        qkv=(_Matrix * 3)(*map(_matrix, _qkv(layer))),
         out=_matrix(layer.out),
         gate=_matrix(layer.gate),
         up=_matrix(layer.up),

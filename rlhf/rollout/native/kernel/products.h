@@ -3,7 +3,6 @@
 #include "numbers.h"
 
 #include <initializer_list>
-#include <type_traits>
 #if defined(__AMX_BF16__) && defined(__linux__)
 #define TILES 1
 #include <immintrin.h>
