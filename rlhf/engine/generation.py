@@ -1,15 +1,16 @@
 """The switch of one engine between training and generation."""
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from itertools import accumulate
 from typing import Any
 
 import deepspeed
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
-TOGETHER = 2**24  # Bytes that are gathered in one collective, and for a moment exist twice; more is slower on CPUs.
+TOGETHER = 2**23  # Bytes that are gathered in one collective; more is slower on CPUs.
+AHEAD = 3  # Collectives that are under way at once; what they gather exists twice for a moment.
 
 
 @contextmanager
@@ -45,7 +46,8 @@ def is_partitioned(engine: Any) -> bool:
 def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
     """Within this context the parameters of a part of the engine's module are whole, to be read. Every rank must enter.
 
-    Under ZeRO-0 to 2 they always are.
+    Under ZeRO-0 to 2 they always are. Under ZeRO-3 DeepSpeed makes a parameter whole in new memory and afterwards only
+    forgets it: who detaches a parameter within this context has its values until the optimizer's next step.
     """
     if not is_partitioned(engine):
         yield
@@ -67,13 +69,30 @@ def count_together(engine: Any, module: nn.Module) -> int:
 def _gathered(parameters: list[Any]) -> Iterator[None]:
     """DeepSpeed's context gathers one parameter after the other, which takes long where they are many and small."""
     missing = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-    while missing:
-        sizes = accumulate(parameter.ds_numel * parameter.element_size() for parameter in missing)
-        together = missing[: max(1, sum(size <= TOGETHER for size in sizes))]
-        together[0].all_gather_coalesced(together).wait()
-        missing = missing[len(together) :]
+    under_way: deque[Any] = deque()
+    for together in _groups(missing):
+        under_way.append(together[0].all_gather_coalesced(together))
+        if len(under_way) == AHEAD:
+            under_way.popleft().wait()
+    for handle in under_way:
+        handle.wait()
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
+    """Parameters that are gathered together: up to TOGETHER bytes, or one that is larger."""
+    group: list[Any] = []
+    room = TOGETHER
+    for parameter in parameters:
+        size = parameter.ds_numel * parameter.element_size()
+        if group and size > room:
+            yield group
+            group, room = [], TOGETHER
+        group.append(parameter)
+        room -= size
+    if group:
+        yield group
 
 
 @contextmanager

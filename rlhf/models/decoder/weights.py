@@ -102,8 +102,8 @@ def generation_weights(
         vocab_limit: logits from here on are padding: their rows of the output layer are left out.
         rows: tokens that are decoded together as a rule, for which the weights are packed; None: they are not packed.
         gather: a context in which a module's parameters are whole; entered for a few blocks after the other.
-        own: copy the weights, as those need that are whole within `gather` only; otherwise those that neither adapters
-            nor packing change are the model's own.
+        own: copy the weights, so that what `gather` made whole is not kept, and join queries', keys' and values';
+            otherwise those that neither adapters nor packing change are as they lie in the model within `gather`.
         share: what of the heads, which the ranks divide, and of the MLPs this process computes, in a copy; all if not
             given.
         copy: without it nothing is copied: neither packed nor joined, and adapters are computed apart. The parameters

@@ -90,17 +90,19 @@ class NativeBackend:
     @contextmanager
     def mode(self) -> Iterator[DecoderWeights]:
         """Within this context the weights are as they were when it began; its memory comes back."""
+        # Compiled blocks read weights as they are: also those that DeepSpeed put together, which it lets go untouched.
+        as_they_are = self.library is not None
+        first = self.parts.layers[0].module
         try:
             self._weights = generation_weights(
                 self.parts,
                 vocab_limit=self.vocab_limit,
-                # Compiled blocks read weights as they are.
-                rows=None if self.library is not None else self.sampling.batch_size or 32,
+                rows=None if as_they_are else self.sampling.batch_size or 32,
                 gather=partial(whole_parameters, self.engine),
-                own=is_partitioned(self.engine),
+                own=is_partitioned(self.engine) and not as_they_are,
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
                 copy=self.copies,
-                together=count_together(self.engine, self.parts.layers[0].module),
+                together=len(self.parts.layers) if as_they_are else count_together(self.engine, first),
             )
             yield self._weights
             self._keep_cache(self._weights)
