@@ -57,12 +57,12 @@ def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
 
 
 def count_together(engine: Any, module: nn.Module) -> int:
-    """How many modules as large as this one are gathered in one collective: small ones cost by their number."""
+    """How many modules as large as this one are gathered at once, by collectives that are under way together."""
     if not is_partitioned(engine):
         return 1
     parameters: list[Any] = list(module.parameters())
     size: int = sum(parameter.ds_numel * parameter.element_size() for parameter in parameters)
-    return max(1, TOGETHER // max(1, size))
+    return max(1, AHEAD * TOGETHER // max(1, size))
 
 
 @contextmanager

@@ -92,7 +92,6 @@ class NativeBackend:
         """Within this context the weights are as they were when it began; its memory comes back."""
         # Compiled blocks read weights as they are: also those that DeepSpeed put together, which it lets go untouched.
         as_they_are = self.library is not None
-        first = self.parts.layers[0].module
         try:
             self._weights = generation_weights(
                 self.parts,
@@ -102,7 +101,7 @@ class NativeBackend:
                 own=is_partitioned(self.engine) and not as_they_are,
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
                 copy=self.copies,
-                together=len(self.parts.layers) if as_they_are else count_together(self.engine, first),
+                together=count_together(self.engine, self.parts.layers[0].module),
             )
             yield self._weights
             self._keep_cache(self._weights)
