@@ -6,11 +6,17 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import deepspeed
+import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import nn
 
+from rlhf.engine.distributed import barrier, rank, world_size
+from rlhf.engine.shared import shared_memory
+
 TOGETHER = 2**23  # Bytes that are gathered in one collective; more is slower on CPUs.
 AHEAD = 3  # Collectives that are under way at once; what they gather exists twice for a moment.
+SHARED = 2**20  # Bytes from which ranks share memory: what is less is gathered as fast.
+ALIGNMENT = 64  # Bytes: of a cache line, and a multiple of every number's.
 
 
 @contextmanager
@@ -46,13 +52,16 @@ def is_partitioned(engine: Any) -> bool:
 def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
     """Within this context the parameters of a part of the engine's module are whole, to be read. Every rank must enter.
 
-    Under ZeRO-0 to 2 they always are. Under ZeRO-3 DeepSpeed makes a parameter whole in new memory and afterwards only
-    forgets it: who detaches a parameter within this context has its values until the optimizer's next step.
+    Under ZeRO-0 to 2 they always are. Under ZeRO-3 they are put together in new memory, which afterwards is only
+    forgotten: who detaches a parameter within this context has its values until the optimizer's next step. On CPUs
+    ranks of one machine share that memory, so that nobody may write into it.
     """
     if not is_partitioned(engine):
         yield
         return
-    with _gathered(list(module.parameters())):
+    parameters: list[Any] = list(module.parameters())
+    on_cpu = torch.device(engine.device).type == "cpu"
+    with _shared(parameters) if on_cpu and world_size() > 1 else _gathered(parameters):
         yield
 
 
@@ -78,6 +87,37 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
         handle.wait()
     with deepspeed.zero.GatheredParameters(parameters):
         yield
+
+
+@contextmanager
+def _shared(parameters: list[Any]) -> Iterator[None]:
+    """Each rank writes its shards into memory that all share, where they can, instead of sending them to the others.
+
+    DeepSpeed takes no notice: for it the parameters stay partitioned.
+    """
+    missing = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    sizes = [_size_with_padding(parameter) for parameter in missing]
+    memory = shared_memory(sum(sizes)) if sum(sizes) >= SHARED else None
+    if memory is None:
+        with _gathered(parameters):
+            yield
+        return
+    for parameter, place in zip(missing, torch.split(memory, sizes), strict=True):
+        shards = place.view(parameter.dtype)[: world_size() * parameter.ds_tensor.numel()]
+        shards.view(world_size(), -1)[rank()].copy_(parameter.ds_tensor)
+        parameter.data = shards[: parameter.ds_numel].view(parameter.ds_shape)
+    try:
+        barrier()
+        yield
+    finally:
+        for parameter in missing:
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+
+def _size_with_padding(parameter: Any) -> int:
+    """Bytes of a parameter's shards, one behind the other, up to where the next parameter may begin."""
+    size = world_size() * parameter.ds_tensor.numel() * parameter.element_size()
+    return int(size + -size % ALIGNMENT)
 
 
 def _groups(parameters: list[Any]) -> Iterator[list[Any]]:

@@ -16,7 +16,7 @@ from rlhf.config.choices import Mismatch, RolloutBackend
 from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, Precision
-from rlhf.engine import generation
+from rlhf.engine import generation, shared
 from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from rlhf.engine.generation import whole_parameters
@@ -92,6 +92,7 @@ def native_facts(
             with patch.object(generation, "TOGETHER", together):
                 alike = all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))
             facts[f"alike_by_{together}"] = float(alike)
+        facts |= shared_facts(engine, before, folder, prompts)
     else:
         in_place = answers(engine, prompts, folder, replace(GREEDY, gather=False))
         facts["in_place"] = float(tokens(in_place) == tokens(slow))
@@ -108,6 +109,39 @@ def native_facts(
         )
         facts["reference_differs"] = float(tokens(answers(reference, prompts, folder, GREEDY)) != tokens(native))
     return facts
+
+
+def shared_facts(engine: Any, before: list[Tensor], folder: Path, prompts: PromptBatch) -> dict[str, float]:
+    """Weights that both ranks write into memory which they share, and generate from."""
+    tokenizer = load_tokenizer(folder / "policy")
+    sent = answers(engine, prompts, folder, GREEDY)
+    options: dict[str, Any] = {"tokenizer": tokenizer, "vocab_limit": len(tokenizer)}
+    # Also where a machine's processors have memory of their own.
+    with patch.object(generation, "SHARED", 1), patch.object(shared, "NODES", folder / "none"):
+        with whole_parameters(engine, engine.module):
+            mapped = shared_mappings()
+            parameters = zip(before, engine.module.parameters(), strict=True)
+            alike = all(torch.equal(old, new) for old, new in parameters)
+        generator = Generator(engine=engine, sampling=GREEDY, **options)
+        with generator.generation_mode():
+            kept = shared_mappings()
+            found = generator.generate(prompts)
+    partitioned = all(parameter.numel() == 0 or parameter.ds_persist for parameter in engine.module.parameters())
+    with patch.object(generation, "shared_memory", return_value=None), patch.object(generation, "SHARED", 1):
+        refused = all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))
+    return {
+        "shared_alike": float(alike and refused),
+        "shared_same": float(tokens(found) == tokens(sent)),
+        "shared_mapped": float(mapped),
+        "shared_kept": float(kept),
+        "shared_left": float(shared_mappings()),
+        "shared_partitioned": float(partitioned),
+    }
+
+
+def shared_mappings() -> int:
+    """Mappings of shared memory files in this process."""
+    return sum("/memfd:" in line for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines())
 
 
 def neighbour_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
@@ -181,7 +215,7 @@ def parallel_facts(
     prompts = prompts.rows(slice(0, len(prompts) - rank()))
     parallel = replace(GREEDY, tensor_parallel=2, gather=False)
     streams = torch.arange(len(prompts)) + 10 * rank()
-    shared, whole, slow = (
+    divided, whole, slow = (
         answers(engine, prompts, folder, sampling, streams=streams)
         for sampling in (parallel, GREEDY, replace(parallel, backend=RolloutBackend.hf))
     )
@@ -189,11 +223,11 @@ def parallel_facts(
         answers(engine, prompts, folder, replace(sampling, temperature=1.0), seed=5, streams=streams)
         for sampling in (parallel, GREEDY)
     )
-    assert shared.sampled_logprobs is not None and whole.sampled_logprobs is not None
+    assert divided.sampled_logprobs is not None and whole.sampled_logprobs is not None
     return {
-        "same": float(tokens(shared) == tokens(whole) == tokens(slow) and tokens(drawn) == tokens(drawn_whole)),
-        "tokens": float(shared.response_mask.sum()),
-        "logprob_error": float((shared.sampled_logprobs - whole.sampled_logprobs).abs().max()),
+        "same": float(tokens(divided) == tokens(whole) == tokens(slow) and tokens(drawn) == tokens(drawn_whole)),
+        "tokens": float(divided.response_mask.sum()),
+        "logprob_error": float((divided.sampled_logprobs - whole.sampled_logprobs).abs().max()),
     }
 
 

@@ -1,5 +1,6 @@
 """What real DeepSpeed engines compute, on one and two CPU ranks, under every ZeRO stage."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +121,11 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
         assert facts["by_torch"] == 1.0  # Or there is no compiler.
     else:
         assert facts["alike_by_1"] == facts["alike_by_20000"] == 1.0
+        assert facts["shared_alike"] == facts["shared_same"] == facts["shared_partitioned"] == 1.0
+        assert facts["shared_mapped"] == 1.0
+        # What adapters are merged into replaces what they share, and so does a copy for torch's operations.
+        assert (facts["shared_kept"] > 0) == (shutil.which("g++") is not None and not adapted)
+        assert facts["shared_left"] == 0.0
     if adapted:
         assert facts["reference_same"] == 1.0
         assert facts["reference_differs"] == 1.0

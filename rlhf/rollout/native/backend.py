@@ -18,7 +18,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.engine.distributed import RankGroup, local_world_size
 from rlhf.engine.generation import count_together, is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
-from rlhf.models.decoder.weights import DecoderWeights, Share, generation_weights
+from rlhf.models.decoder.weights import DecoderWeights, Share, adapters, generation_weights
 from rlhf.rollout.native.arena import Arena, bytes_per_token
 from rlhf.rollout.native.compiled import CompiledBlocks, reason_against
 from rlhf.rollout.native.forward import Decoder
@@ -90,15 +90,17 @@ class NativeBackend:
     @contextmanager
     def mode(self) -> Iterator[DecoderWeights]:
         """Within this context the weights are as they were when it began; its memory comes back."""
-        # Compiled blocks read weights as they are: also those that DeepSpeed put together, which it lets go untouched.
+        # Compiled blocks read weights as they are: also those that were put together, unless most are replaced by
+        # merged ones, beside which they would stay.
         as_they_are = self.library is not None
+        put_together = as_they_are and not any(map(adapters, self.parts.dense()))
         try:
             self._weights = generation_weights(
                 self.parts,
                 vocab_limit=self.vocab_limit,
                 rows=None if as_they_are else self.sampling.batch_size or 32,
                 gather=partial(whole_parameters, self.engine),
-                own=is_partitioned(self.engine) and not as_they_are,
+                own=is_partitioned(self.engine) and not put_together,
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
                 copy=self.copies,
                 together=count_together(self.engine, self.parts.layers[0].module),
