@@ -90,20 +90,20 @@ class NativeBackend:
     @contextmanager
     def mode(self) -> Iterator[DecoderWeights]:
         """Within this context the weights are as they were when it began; its memory comes back."""
-        # Compiled blocks read weights as they are: also those that were put together, unless most are replaced by
-        # merged ones, beside which they would stay.
-        as_they_are = self.library is not None
-        put_together = as_they_are and not any(map(adapters, self.parts.dense()))
+        # Compiled blocks read weights as they are: also those that were put together, then all at once, unless most are
+        # replaced by merged ones, beside which they would stay.
+        as_they_are, layers = self.library is not None, self.parts.layers
+        keeps = as_they_are and not any(map(adapters, self.parts.dense()))
         try:
             self._weights = generation_weights(
                 self.parts,
                 vocab_limit=self.vocab_limit,
                 rows=None if as_they_are else self.sampling.batch_size or 32,
                 gather=partial(whole_parameters, self.engine),
-                own=is_partitioned(self.engine) and not put_together,
+                own=is_partitioned(self.engine) and not keeps,
                 share=Share(rank=self.group.rank, ranks=self.group.size) if self.group is not None else None,
                 copy=self.copies,
-                together=count_together(self.engine, self.parts.layers[0].module),
+                together=len(layers) if keeps else count_together(self.engine, layers[0].module),
             )
             yield self._weights
             self._keep_cache(self._weights)
