@@ -143,7 +143,7 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
 
 def _generates_from_a_copy(config: Config, actor: Role) -> bool:
     if config.memory.of_role(actor.name, trained=True).zero_stage == 3:
-        return True
+        return True  # On CPUs a machine's ranks may share it: this is the most that each of them needs.
     if config.rollout.backend is RolloutBackend.vllm:
         return True
     if config.rollout.backend is RolloutBackend.hf:

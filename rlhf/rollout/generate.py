@@ -84,9 +84,9 @@ class Generator:
     def generation_mode(self) -> Iterator[Any]:
         """Make the weights ready to generate with; every `generate` within this context uses them.
 
-        Natively they are read once, gathered block by block under ZeRO-3, and copied where that, adapters, packing or
-        tensor parallelism needs it: the engine's own weights are not touched. vLLM gets a copy in memory. Otherwise it
-        is the module itself, in `rlhf.engine.generation.generation_mode`. Every rank must enter and leave, and the
+        Natively they are read once, gathered under ZeRO-3, and copied where that, adapters, packing or tensor
+        parallelism needs it: the engine's own weights are not touched. vLLM gets a copy in memory. Otherwise it is the
+        module itself, in `rlhf.engine.generation.generation_mode`. Every rank must enter and leave, and the
         engine must not be called within. Yields what generates.
         """
         if self._ready is not None:
