@@ -2,6 +2,7 @@
 
 import importlib.metadata
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,7 +11,9 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
 from rlhf.config.schema import Config, DataConfig, RolloutConfig
+from rlhf.engine.distributed import RankGroup
 from rlhf.planner.memory import rollout_problems
+from rlhf.rollout import vllm
 from rlhf.rollout.vllm import check_installed
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.session import sampling_of
@@ -80,3 +83,16 @@ def test_versions_of_vllm_that_were_not_tested_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         check_installed()
+
+
+def test_memory_of_an_earlier_run_that_cannot_be_removed_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(vllm, "SHARED_MEMORY", tmp_path)
+    left = tmp_path / "group-[2-3]-cpushm_1"
+    left.mkdir()  # What is no file cannot be unlinked.
+    group = object.__new__(RankGroup)  # The second rank of the second group, which no other rank has joined.
+    group.members, group.rank = [2, 3], 1
+    with pytest.raises(ConfigError, match="of an earlier run exists, and it cannot be removed") as raised:
+        vllm._remove_left_memory(group)
+    assert str(left) in str(raised.value)
