@@ -103,8 +103,9 @@ def _shared(parameters: list[Any]) -> Iterator[None]:
             yield
         return
     for parameter, place in zip(missing, torch.split(memory, sizes), strict=True):
-        shards = place.view(parameter.dtype)[: world_size() * parameter.ds_tensor.numel()]
-        shards.view(world_size(), -1)[rank()].copy_(parameter.ds_tensor)
+        each = parameter.ds_tensor.numel()
+        shards = place.view(parameter.dtype)[: world_size() * each]
+        shards.view(world_size(), each)[rank()].copy_(parameter.ds_tensor)
         parameter.data = shards[: parameter.ds_numel].view(parameter.ds_shape)
     try:
         barrier()
