@@ -52,14 +52,18 @@ def is_partitioned(engine: Any) -> bool:
 def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
     """Within this context the parameters of a part of the engine's module are whole, to be read. Every rank must enter.
 
-    Under ZeRO-0 to 2 they always are. Under ZeRO-3 they are put together in new memory, which afterwards is only
-    forgotten: who detaches a parameter within this context has its values until the optimizer's next step. On CPUs
-    ranks of one machine share that memory, so that nobody may write into it.
+    Under ZeRO-0 to 2 they always are. Under ZeRO-3 they are put together, as a rule in new memory, which afterwards is
+    only forgotten: who detaches a parameter within this context has its values until the optimizer's next step. On CPUs
+    ranks of one machine share that memory, so that nobody may write into it. The engine must not be called within.
+
+    Raises:
+        RuntimeError: another such context around this one has made them whole.
     """
     if not is_partitioned(engine):
         yield
         return
     parameters: list[Any] = list(module.parameters())
+    _settle(engine, parameters)
     on_cpu = torch.device(engine.device).type == "cpu"
     with _shared(parameters) if on_cpu and world_size() > 1 else _gathered(parameters):
         yield
@@ -74,6 +78,15 @@ def count_together(engine: Any, module: nn.Module) -> int:
     return max(1, AHEAD * TOGETHER // max(1, size))
 
 
+def _settle(engine: Any, parameters: list[Any]) -> None:
+    """Wait for what DeepSpeed has begun to gather for a backward pass that did not come, and let it go.
+
+    After some steps of training it does so at the end of a forward pass, also of one without gradients.
+    """
+    if any(parameter.ds_status is ZeroParamStatus.INFLIGHT for parameter in parameters):
+        _partitioner(engine).empty_partition_cache()
+
+
 @contextmanager
 def _gathered(parameters: list[Any]) -> Iterator[None]:
     """DeepSpeed's context gathers one parameter after the other, which takes long where they are many and small."""
@@ -83,8 +96,8 @@ def _gathered(parameters: list[Any]) -> Iterator[None]:
         under_way.append(together[0].all_gather_coalesced(together))
         if len(under_way) == AHEAD:
             under_way.popleft().wait()
-    for handle in under_way:
-        handle.wait()
+    while under_way:
+        under_way.popleft().wait()
     with deepspeed.zero.GatheredParameters(parameters):
         yield
 
@@ -96,18 +109,20 @@ def _shared(parameters: list[Any]) -> Iterator[None]:
     DeepSpeed takes no notice: for it the parameters stay partitioned.
     """
     missing = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
+    if any(parameter.numel() for parameter in missing):
+        raise RuntimeError("contexts in which the same parameters are whole cannot be nested")
     sizes = [_size_with_padding(parameter) for parameter in missing]
     memory = shared_memory(sum(sizes)) if sum(sizes) >= SHARED else None
     if memory is None:
         with _gathered(parameters):
             yield
         return
-    for parameter, place in zip(missing, torch.split(memory, sizes), strict=True):
-        each = parameter.ds_tensor.numel()
-        shards = place.view(parameter.dtype)[: world_size() * each]
-        shards.view(world_size(), each)[rank()].copy_(parameter.ds_tensor)
-        parameter.data = shards[: parameter.ds_numel].view(parameter.ds_shape)
     try:
+        for parameter, place in zip(missing, torch.split(memory, sizes), strict=True):
+            each = parameter.ds_tensor.numel()
+            shards = place.view(parameter.dtype)[: world_size() * each]
+            shards.view(world_size(), each)[rank()].copy_(parameter.ds_tensor)
+            parameter.data = shards[: parameter.ds_numel].view(parameter.ds_shape)
         barrier()
         yield
     finally:
@@ -138,14 +153,13 @@ def _groups(parameters: list[Any]) -> Iterator[list[Any]]:
 
 @contextmanager
 def _whole_parameters(engine: Any) -> Iterator[None]:
-    optimizer = engine.optimizer
-    offload = getattr(optimizer, "parameter_offload", None)
-    if offload is None and hasattr(optimizer, "_register_deepspeed_module"):
-        offload = optimizer  # An engine without an optimizer holds the partitioner in its place.
+    offload = _partitioner(engine)
     if offload is None:
         yield
         return
-    with _gathered(list(engine.module.parameters())):
+    parameters = list(engine.module.parameters())
+    _settle(engine, parameters)
+    with _gathered(parameters):
         for hook in offload.forward_hooks + offload.backward_hooks:
             hook.remove()
         offload.forward_hooks, offload.backward_hooks = [], []
@@ -153,3 +167,11 @@ def _whole_parameters(engine: Any) -> Iterator[None]:
             yield
         finally:
             offload._register_deepspeed_module(offload.module)
+
+
+def _partitioner(engine: Any) -> Any:
+    """What divides the parameters among the ranks and has them gathered, layer by layer; None under ZeRO-0 to 2."""
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "_register_deepspeed_module"):
+        return optimizer  # An engine without an optimizer holds it in the optimizer's place.
+    return getattr(optimizer, "parameter_offload", None)

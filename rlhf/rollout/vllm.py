@@ -5,7 +5,7 @@ import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,8 @@ class VllmBackend:
         partitioned = is_partitioned(self.engine)
         weights = plain_weights(self.engine.module, gather=partial(whole_parameters, self.engine), own=partitioned)
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+            with closing(weights):  # Whatever happens: what it holds of the engine goes back.
+                self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
             yield self.llm
         finally:
             if self.on_gpu:

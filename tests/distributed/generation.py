@@ -1,13 +1,16 @@
 """Further facts that `worker.py` collects on each rank: what generates, under each ZeRO stage, adapted or not."""
 
 import shutil
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
 
 from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
@@ -16,10 +19,13 @@ from rlhf.config.choices import Mismatch, RolloutBackend
 from rlhf.config.errors import ConfigError, StoppedError
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, Precision
-from rlhf.engine import generation, shared
+from rlhf.engine import build, generation, shared
 from rlhf.engine.build import build_engine, partitioned_loading
 from rlhf.engine.distributed import all_reduce_max, all_reduce_sum, rank, world_size
 from rlhf.engine.generation import whole_parameters
+from rlhf.engine.shared import shared_memory
+from rlhf.launcher import ds_config
+from rlhf.launcher.ds_config import deepspeed_config
 from rlhf.models.load import load_causal_lm
 from rlhf.models.lora import AdaptersOff, add_adapters
 from rlhf.models.tokenizer import load_tokenizer
@@ -118,25 +124,109 @@ def shared_facts(engine: Any, before: list[Tensor], folder: Path, prompts: Promp
     options: dict[str, Any] = {"tokenizer": tokenizer, "vocab_limit": len(tokenizer)}
     # Also where a machine's processors have memory of their own.
     with patch.object(generation, "SHARED", 1), patch.object(shared, "NODES", folder / "none"):
-        with whole_parameters(engine, engine.module):
+        with patch.object(generation, "shared_memory", late_shared_memory), whole_parameters(engine, engine.module):
             mapped = shared_mappings()
-            parameters = zip(before, engine.module.parameters(), strict=True)
-            alike = all(torch.equal(old, new) for old, new in parameters)
+            alike = are_alike(before, list(engine.module.parameters()))
+            nested = raises_runtime_error(engine)
+        partitioned = are_partitioned(engine.module)
         generator = Generator(engine=engine, sampling=GREEDY, **options)
         with generator.generation_mode():
             kept = shared_mappings()
             found = generator.generate(prompts)
-    partitioned = all(parameter.numel() == 0 or parameter.ds_persist for parameter in engine.module.parameters())
-    with patch.object(generation, "shared_memory", return_value=None), patch.object(generation, "SHARED", 1):
-        refused = all(torch.equal(old, new) for old, new in zip(before, weights(engine), strict=True))
+        left = shared_mappings()
+        own = shared._mapped if rank() == 0 else lambda *file: None  # A rank that cannot open the other's file.
+        with patch.object(shared, "_mapped", own):
+            refused = are_alike(before, weights(engine))
     return {
         "shared_alike": float(alike and refused),
         "shared_same": float(tokens(found) == tokens(sent)),
+        "shared_nested": float(nested),
         "shared_mapped": float(mapped),
         "shared_kept": float(kept),
-        "shared_left": float(shared_mappings()),
-        "shared_partitioned": float(partitioned),
+        "shared_left": float(left),
+        "shared_partitioned": float(partitioned and are_partitioned(engine.module)),
     }
+
+
+def late_shared_memory(count: int) -> Tensor | None:
+    """Memory into which the second rank writes later than the first one."""
+    memory = shared_memory(count)
+    time.sleep(0.3 * rank())
+    return memory
+
+
+def are_alike(old: list[Tensor], new: list[Any]) -> bool:
+    """Whether tensors equal others to the last bit."""
+    return all(torch.equal(one, other) for one, other in zip(old, new, strict=True))
+
+
+def are_partitioned(module: torch.nn.Module) -> bool:
+    """Whether a module's parameters are, for DeepSpeed and in fact."""
+    parameters: list[Any] = list(module.parameters())
+    return all(each.numel() == 0 and each.ds_status is ZeroParamStatus.NOT_AVAILABLE for each in parameters)
+
+
+def raises_runtime_error(engine: Any) -> bool:
+    """Whether parameters that are whole already are refused, on every rank before anything is gathered."""
+    try:
+        with whole_parameters(engine, engine.module):
+            return False
+    except RuntimeError as error:
+        return "cannot be nested" in str(error)
+
+
+def prefetch_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """Weights after steps of training and a forward pass, of which DeepSpeed has some whole, and some on their way."""
+
+    def with_small_buckets(*arguments: Any, **options: Any) -> dict[str, Any]:
+        config = ds_config.deepspeed_config(*arguments, **options)
+        config["zero_optimization"] |= {
+            "stage3_param_persistence_threshold": 40,
+            "stage3_prefetch_bucket_size": 3000,
+            "stage3_max_live_parameters": 8000,
+            "stage3_max_reuse_distance": 0,
+        }
+        return config
+
+    with patch.object(build, "deepspeed_config", with_small_buckets):
+        engine = plain_engine(folder, memory, role)
+    ids, mask = prompts.prompt_ids[:1], prompts.prompt_mask[:1].long()
+
+    def forward() -> Any:
+        return engine(input_ids=ids, attention_mask=mask, labels=ids).loss
+
+    facts: dict[str, float] = {}
+    for name, least in (("sent", 2**60), ("shared", 1)):
+        for _ in range(4):
+            engine.backward(forward())
+            engine.step()
+        with torch.no_grad():
+            forward()
+        states = {parameter.ds_status for parameter in engine.module.parameters()}
+        facts[f"{name}_states"] = float(len(states))
+        with patch.object(generation, "SHARED", least), patch.object(shared, "NODES", folder / "none"):
+            found = weights(engine)
+        engine.empty_partition_cache()
+        with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+            facts[f"{name}_alike"] = float(are_alike(found, list(engine.module.parameters())))
+    return facts
+
+
+def padding_facts(role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """Parameters whose elements the ranks cannot divide among them: some shards end in padding, one is nothing else."""
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(role, memory=memory, ranks=world_size())):
+        module = torch.nn.ModuleList([torch.nn.Linear(3, 7), torch.nn.Linear(1, 1), torch.nn.LayerNorm(5)])
+    parameters: list[Any] = list(module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters):
+        wanted = [parameter.detach().clone() for parameter in parameters]
+    with patch.object(generation, "SHARED", 1), patch.object(shared, "NODES", Path("none")):
+        try:
+            with generation._shared(parameters):
+                alike = are_alike(wanted, parameters) and shared_mappings() == 1
+                raise KeyError
+        except KeyError:
+            left = shared_mappings()
+    return {"alike": float(alike), "left": float(left), "partitioned": float(are_partitioned(module))}
 
 
 def shared_mappings() -> int:
@@ -298,6 +388,9 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, role: Role) -> d
         facts[f"parallel_zero{stage}{'_lora' if adapted else ''}"] = parallel_facts(
             folder, prompts, role, replace(memory, zero_stage=stage), adapted=adapted
         )
+    third = replace(memory, zero_stage=3)
+    facts["prefetched"] = prefetch_facts(folder, prompts, role, third)
+    facts["padded"] = padding_facts(role, third)
     facts["gate"] = gate_facts(folder, prompts, config)
     facts["stops"] = stop_facts(folder, prompts, role, replace(memory, zero_stage=3))
     for stage in (1, 3):

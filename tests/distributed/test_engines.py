@@ -122,6 +122,7 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
     else:
         assert facts["alike_by_1"] == facts["alike_by_20000"] == 1.0
         assert facts["shared_alike"] == facts["shared_same"] == facts["shared_partitioned"] == 1.0
+        assert facts["shared_nested"] == 1.0
         assert facts["shared_mapped"] == 1.0
         # What adapters are merged into replaces what they share, and so does a copy for torch's operations.
         assert (facts["shared_kept"] > 0) == (shutil.which("g++") is not None and not adapted)
@@ -129,6 +130,13 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
     if adapted:
         assert facts["reference_same"] == 1.0
         assert facts["reference_differs"] == 1.0
+
+
+def test_weights_are_whole_whatever_deepspeed_has_made_of_them(two_ranks: dict[str, Any]) -> None:
+    facts = two_ranks["prefetched"]
+    assert facts["sent_states"] == facts["shared_states"] == 3.0  # Partitioned, on their way, and whole.
+    assert facts["sent_alike"] == facts["shared_alike"] == 1.0
+    assert two_ranks["padded"] == {"alike": 1.0, "left": 0.0, "partitioned": 1.0}
 
 
 @pytest.mark.parametrize("name", ["zero0", "zero3", "zero3_lora"])

@@ -1,6 +1,6 @@
 """A decoder's weights for generation: as they are, or copied with adapters merged, packed, or cut for several ranks."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
@@ -255,7 +255,7 @@ def dense(module: Any) -> tuple[Tensor, Tensor | None]:
 
 
 @torch.no_grad()
-def plain_weights(model: nn.Module, *, gather: Gather, own: bool) -> Iterator[tuple[str, Tensor]]:
+def plain_weights(model: nn.Module, *, gather: Gather, own: bool) -> Generator[tuple[str, Tensor]]:
     """Every weight of the plain model that computes what this one does, by the names that transformers gives them.
 
     Adapters that are on are merged; tied weights come under each of their names. One module is gathered after the

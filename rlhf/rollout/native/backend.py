@@ -90,8 +90,8 @@ class NativeBackend:
     @contextmanager
     def mode(self) -> Iterator[DecoderWeights]:
         """Within this context the weights are as they were when it began; its memory comes back."""
-        # Compiled blocks read weights as they are: also those that were put together, then all at once, unless most are
-        # replaced by merged ones, beside which they would stay.
+        # Compiled blocks read weights as they are: also those that were put together, then all at once, unless adapters
+        # are merged: beside the weights into which they are, those from which they are would stay.
         as_they_are, layers = self.library is not None, self.parts.layers
         keeps = as_they_are and not any(map(adapters, self.parts.dense()))
         try:
