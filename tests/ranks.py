@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -17,12 +19,12 @@ def run_ranks(script: Path, *arguments: str, ranks: int, timeout: float) -> None
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    done = subprocess.run(
-        [*runner, "--master_port", str(port), str(script), *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    command = [*runner, "--master_port", str(port), str(script), *arguments]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as job:
+        try:
+            printed, _ = job.communicate(timeout=timeout)
+        except BaseException:  # A test's own limit of time, too: ranks that wait for each other would never end.
+            for process in [*psutil.Process(job.pid).children(recursive=True), job]:
+                process.kill()
+            raise
+    assert job.returncode == 0, printed[-6000:]

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
+from weakref import WeakSet
 
 import deepspeed
 import torch
@@ -16,6 +17,7 @@ from rlhf.engine.shared import shared_memory
 TOGETHER = 2**23  # Bytes that are gathered in one collective; more is slower on CPUs.
 AHEAD = 3  # Collectives that are under way at once; what they gather exists twice for a moment.
 SHARED = 2**20  # Bytes from which ranks share memory: what is less is gathered as fast.
+_WHOLE: WeakSet[Any] = WeakSet()  # Engines whose parameters are whole at this moment.
 ALIGNMENT = 64  # Bytes: of a cache line, and a multiple of every number's.
 
 
@@ -54,19 +56,21 @@ def whole_parameters(engine: Any, module: nn.Module) -> Iterator[None]:
 
     Under ZeRO-0 to 2 they always are. Under ZeRO-3 they are put together, as a rule in new memory, which afterwards is
     only forgotten: who detaches a parameter within this context has its values until the optimizer's next step. On CPUs
-    ranks of one machine share that memory, so that nobody may write into it. The engine must not be called within.
+    the ranks share that memory if all are on one machine, so that nobody may write into it. The engine must not be
+    called within.
 
     Raises:
-        RuntimeError: another such context around this one has made them whole.
+        RuntimeError: this is within another such context, or `generation_mode`, of the same partitioned engine.
     """
     if not is_partitioned(engine):
         yield
         return
-    parameters: list[Any] = list(module.parameters())
-    _settle(engine, parameters)
-    on_cpu = torch.device(engine.device).type == "cpu"
-    with _shared(parameters) if on_cpu and world_size() > 1 else _gathered(parameters):
-        yield
+    with _alone(engine):
+        parameters: list[Any] = list(module.parameters())
+        _settle(engine, parameters)
+        on_cpu = torch.device(engine.device).type == "cpu"
+        with _shared(parameters) if on_cpu and world_size() > 1 else _gathered(parameters):
+            yield
 
 
 def count_together(engine: Any, module: nn.Module) -> int:
@@ -78,11 +82,28 @@ def count_together(engine: Any, module: nn.Module) -> int:
     return max(1, AHEAD * TOGETHER // max(1, size))
 
 
-def _settle(engine: Any, parameters: list[Any]) -> None:
-    """Wait for what DeepSpeed has begun to gather for a backward pass that did not come, and let it go.
+@contextmanager
+def _alone(engine: Any) -> Iterator[None]:
+    """What is made whole in one context, another one would let go."""
+    if engine in _WHOLE:
+        raise RuntimeError("contexts in which parameters of the same engine are whole cannot be nested")
+    _WHOLE.add(engine)
+    try:
+        yield
+    finally:
+        _WHOLE.remove(engine)
 
-    After some steps of training it does so at the end of a forward pass, also of one without gradients.
+
+def _settle(engine: Any, parameters: list[Any]) -> None:
+    """End what DeepSpeed has begun, and will not end by itself.
+
+    After some steps of training it gathers parameters for a backward pass at the end of each forward pass, also of one
+    without gradients. In a module whose forward pass has raised an exception, it gathers each parameter that is read.
     """
+    for part in engine.module.modules():
+        own: Any = part._parameters
+        if getattr(own, "_in_forward", False):
+            own._in_forward = False
     if any(parameter.ds_status is ZeroParamStatus.INFLIGHT for parameter in parameters):
         _partitioner(engine).empty_partition_cache()
 
@@ -109,8 +130,6 @@ def _shared(parameters: list[Any]) -> Iterator[None]:
     DeepSpeed takes no notice: for it the parameters stay partitioned.
     """
     missing = [parameter for parameter in parameters if parameter.ds_status is ZeroParamStatus.NOT_AVAILABLE]
-    if any(parameter.numel() for parameter in missing):
-        raise RuntimeError("contexts in which the same parameters are whole cannot be nested")
     sizes = [_size_with_padding(parameter) for parameter in missing]
     memory = shared_memory(sum(sizes)) if sum(sizes) >= SHARED else None
     if memory is None:
@@ -158,15 +177,16 @@ def _whole_parameters(engine: Any) -> Iterator[None]:
         yield
         return
     parameters = list(engine.module.parameters())
-    _settle(engine, parameters)
-    with _gathered(parameters):
-        for hook in offload.forward_hooks + offload.backward_hooks:
-            hook.remove()
-        offload.forward_hooks, offload.backward_hooks = [], []
-        try:
-            yield
-        finally:
-            offload._register_deepspeed_module(offload.module)
+    with _alone(engine):
+        _settle(engine, parameters)
+        with _gathered(parameters):
+            for hook in offload.forward_hooks + offload.backward_hooks:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield
+            finally:
+                offload._register_deepspeed_module(offload.module)
 
 
 def _partitioner(engine: Any) -> Any:

@@ -12,14 +12,16 @@ from torch import Tensor
 from rlhf.engine.distributed import rank
 
 NODES = Path("/sys/devices/system/node")
+OVERCOMMIT, NEVER = Path("/proc/sys/vm/overcommit_memory"), "2"
 
 
 def shared_memory(count: int) -> Tensor | None:
     """New bytes that all ranks read and write, all zero; they are given back with each rank's last tensor of them.
 
     None on every rank where there are none: on several machines, in several containers, or without Linux. Neither are
-    there any where a machine's processors have memory of their own (NUMA), which are faster with copies of their own.
-    Every rank must call.
+    there any where a machine's processors have memory of their own (NUMA), which are faster with copies of their own,
+    nor where Linux promises no more memory than it has: it would end a process that takes what is not there, without an
+    error. Every rank must call.
     """
     offer = [_offered(count) if rank() == 0 else None]
     dist.broadcast_object_list(offer, src=0)
@@ -35,10 +37,12 @@ def shared_memory(count: int) -> Tensor | None:
 
 def _offered(count: int) -> tuple[int, int, str] | None:
     """This process, a file of that many bytes in memory, which it has opened, and the file's name."""
-    if not hasattr(os, "memfd_create") or len(list(NODES.glob("node[0-9]*"))) > 1:
-        return None
     name = secrets.token_hex(16)  # By it another process knows the file for the same.
     try:
+        if not hasattr(os, "memfd_create") or len(list(NODES.glob("node[0-9]*"))) > 1:
+            return None
+        if OVERCOMMIT.read_text(encoding="ascii").strip() == NEVER:
+            return None
         file = os.memfd_create(name)  # Not in /dev/shm, which containers limit to 64 MiB as a rule.
     except OSError:
         return None

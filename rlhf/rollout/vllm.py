@@ -173,7 +173,10 @@ class VllmBackend:
             "ignore_eos": True,  # What ends a response is among the stop tokens.
             "logit_bias": {unused: -100.0 for unused in range(limit, self.engine.module.config.vocab_size)} or None,
             "logprobs": 0,
-            "detokenize": False,
+            # So that nothing is drawn behind a text that ends a response; where exactly it ends is looked at below.
+            "stop": list(sampling.stop),
+            "detokenize": bool(sampling.stop),
+            "skip_special_tokens": False,
         }
         keys = (stream_keys(streams.cpu(), seed=seed) & 0x7FFFFFFF).tolist()
         inputs = [{"prompt_token_ids": row.tolist()} for row in rows]
@@ -190,7 +193,7 @@ class VllmBackend:
             ids=torch.tensor(ids, dtype=torch.long),
             # Those of a part of the distribution are not what training computes.
             logprobs=torch.tensor(logprobs, dtype=torch.float32) if self.sampling.unbiased else None,
-            ended=cut is not None or ids[-1] in self.sampling.stop_ids,
+            ended=cut is not None or completion.finish_reason == "stop",
         )
 
 

@@ -3,6 +3,8 @@
 import shutil
 import time
 import warnings
+from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -127,7 +129,7 @@ def shared_facts(engine: Any, before: list[Tensor], folder: Path, prompts: Promp
         with patch.object(generation, "shared_memory", late_shared_memory), whole_parameters(engine, engine.module):
             mapped = shared_mappings()
             alike = are_alike(before, list(engine.module.parameters()))
-            nested = raises_runtime_error(engine)
+            nested = raises_runtime_error(engine) and raises_runtime_error(engine, list(engine.module.children())[-1])
         partitioned = are_partitioned(engine.module)
         generator = Generator(engine=engine, sampling=GREEDY, **options)
         with generator.generation_mode():
@@ -166,10 +168,10 @@ def are_partitioned(module: torch.nn.Module) -> bool:
     return all(each.numel() == 0 and each.ds_status is ZeroParamStatus.NOT_AVAILABLE for each in parameters)
 
 
-def raises_runtime_error(engine: Any) -> bool:
-    """Whether parameters that are whole already are refused, on every rank before anything is gathered."""
+def raises_runtime_error(engine: Any, part: torch.nn.Module | None = None) -> bool:
+    """Whether a context around which there is another is refused, on every rank before anything is gathered."""
     try:
-        with whole_parameters(engine, engine.module):
+        with whole_parameters(engine, part or engine.module):
             return False
     except RuntimeError as error:
         return "cannot be nested" in str(error)
@@ -209,7 +211,26 @@ def prefetch_facts(folder: Path, prompts: PromptBatch, role: Role, memory: Memor
         engine.empty_partition_cache()
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             facts[f"{name}_alike"] = float(are_alike(found, list(engine.module.parameters())))
-    return facts
+    return facts | {"interrupted": float(interrupted_alike(engine, forward, folder))}
+
+
+def interrupted_alike(engine: Any, forward: Callable[[], Any], folder: Path) -> bool:
+    """Whether weights are right, and can be trained, after a forward pass that ended in the middle of a module."""
+    part = next(part for part in engine.module.modules() if isinstance(part, torch.nn.Linear))
+    with patch.object(type(part), "forward", side_effect=KeyError), suppress(KeyError):
+        forward()
+    with ExitStack() as within:
+        within.enter_context(patch.object(generation, "SHARED", 1))
+        within.enter_context(patch.object(shared, "NODES", folder / "none"))
+        within.enter_context(whole_parameters(engine, engine.module))
+        found = [parameter.detach().clone() for parameter in engine.module.parameters()]
+        read = part.weight.detach().clone()  # As a module reads it, of which DeepSpeed takes notice.
+    engine.empty_partition_cache()
+    with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
+        alike = are_alike([*found, read], [*engine.module.parameters(), part.weight])
+    engine.backward(forward())
+    engine.step()
+    return alike
 
 
 def padding_facts(role: Role, memory: MemoryConfig) -> dict[str, float]:

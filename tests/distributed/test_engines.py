@@ -135,7 +135,7 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
 def test_weights_are_whole_whatever_deepspeed_has_made_of_them(two_ranks: dict[str, Any]) -> None:
     facts = two_ranks["prefetched"]
     assert facts["sent_states"] == facts["shared_states"] == 3.0  # Partitioned, on their way, and whole.
-    assert facts["sent_alike"] == facts["shared_alike"] == 1.0
+    assert facts["sent_alike"] == facts["shared_alike"] == facts["interrupted"] == 1.0
     assert two_ranks["padded"] == {"alike": 1.0, "left": 0.0, "partitioned": 1.0}
 
 

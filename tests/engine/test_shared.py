@@ -1,5 +1,6 @@
 """Which file another rank takes for the shared one."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -12,9 +13,11 @@ FREE = "0" * 32
 
 @pytest.fixture(autouse=True)
 def one_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """A machine whose processors share one memory, whatever this one's do."""
+    """A machine whose processors share one memory, which it overcommits, whatever this one does."""
     monkeypatch.setattr(shared, "NODES", tmp_path)
+    monkeypatch.setattr(shared, "OVERCOMMIT", tmp_path / "overcommit_memory")
     (tmp_path / "node0").mkdir()
+    (tmp_path / "overcommit_memory").write_text("0\n")
     return tmp_path
 
 
@@ -47,12 +50,17 @@ def test_processors_with_memory_of_their_own_share_none(one_memory: Path) -> Non
     assert shared._offered(64) is None
 
 
+def test_memory_that_may_not_be_there_when_it_is_written_is_not_offered(one_memory: Path) -> None:
+    (one_memory / "overcommit_memory").write_text("2\n")
+    assert shared._offered(64) is None
+
+
 def test_memory_that_the_system_refuses_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*arguments: object) -> int:
-        raise PermissionError
+        raise OSError(errno.EMFILE, "too many open files")
 
     before = len(os.listdir("/proc/self/fd"))
-    for call in ("ftruncate", "memfd_create"):
+    for call in ("ftruncate", "memfd_create", "scandir"):  # The last lists a machine's nodes.
         monkeypatch.setattr(os, call, refuse)
         assert shared._offered(64) is None
         assert len(os.listdir("/proc/self/fd")) == before

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -98,7 +99,14 @@ def facts_of(generator: Generator, tokenizer: Any) -> dict[str, float]:
     with torch.no_grad():
         computed = response_logprobs(engine, drawn, temperature=1.0, vocab_limit=SIZE)
     assert drawn.sampled_logprobs is not None
+    stop = [tokenizer.decode(tokens(wanted)[0][2:4])]
+    dist.broadcast_object_list(stop)
+    generator.backend.sampling = slow.backend.sampling = replace(greedy, stop=tuple(stop))  # type: ignore[attr-defined]
+    cut, stopped = slow.generate(prompts()), generator.generate(prompts())
+    generator.backend.sampling = generator.sampling
     return {
+        "stopped": float(tokens(stopped) == tokens(cut) and len(tokens(cut)[0]) < len(tokens(wanted)[0])),
+        "ended": float(torch.equal(stopped.ended, cut.ended)),
         "same": float(tokens(found) == tokens(wanted)),
         "tokens": float(found.response_mask.sum()),
         "again": float(tokens(generator.generate(prompts(), seed=4)) == tokens(drawn)),
