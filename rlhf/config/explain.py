@@ -31,6 +31,8 @@ def explain(error: BaseException) -> str:
         return _unknown_option(cause)
     if isinstance(cause, OmegaConfBaseException):
         reason = str(cause).strip().split("\n")[0]
+        if "is not a ListConfig" in reason:
+            reason = f"needs a list, as in  {cause.full_key}=[first,second]"
         return f"{cause.full_key}: {reason}" if cause.full_key else reason
     return str(error).strip()
 

@@ -1,5 +1,6 @@
 """How a configuration field is declared: one call gives its default, its documentation and its bounds."""
 
+import math
 from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
@@ -26,7 +27,7 @@ def field_doc(declared: "Field[Any]") -> str:
 
 
 def bounds(declared: "Field[Any]") -> str:
-    """The numbers that a field may be, in words ("" if any)."""
+    """The numbers that a field may be, in words ("" if any finite one)."""
     minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
     words = []
     if minimum is not None:
@@ -42,6 +43,8 @@ def out_of_bounds(declared: "Field[Any]", value: Any) -> bool:
     """Whether a number is not what its field may be; null and what is no number are."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
+    if not math.isfinite(value):
+        return True
     minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
     inside = (
         (minimum is None or value >= minimum)

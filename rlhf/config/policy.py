@@ -22,7 +22,7 @@ class RolloutConfig:
         "(transformers' generate: any model, slowly), or auto: native where it knows the model and, under ZeRO-3, a "
         "copy of the policy fits.",
     )
-    temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", above=0)
+    temperature: float = option(1.0, "Sampling temperature; log-probabilities use the same.", minimum=0.01)
     top_p: float = option(
         1.0, "Nucleus sampling; values below 1 bias the PPO ratio and are warned about.", above=0, maximum=1
     )

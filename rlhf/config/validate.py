@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -65,7 +66,7 @@ def _bounds(config: Any, prefix: str = "") -> Iterator[str]:
                 if is_dataclass(inner):
                     yield from _bounds(inner, f"{key}.{name}.")
         elif out_of_bounds(entry, value):
-            yield f"{key}={value}: must be {bounds(entry)}"
+            yield f"{key}={value}: must be {bounds(entry) if math.isfinite(value) else 'a finite number'}"
 
 
 def _roles_memory(memory: MemoryConfig, *, frozen_actor: bool) -> Iterator[str]:

@@ -167,11 +167,10 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
     )
     if config.memory.zero_stage is None:
         config = replace(config, memory=replace(config.memory, zero_stage=choose_zero_stage(config)))
-    if config.rollout.gather is None:
+    wanted = config.rollout.tensor_parallel
+    if config.rollout.gather is None and (wanted is None or wanted > 0):  # What cannot be is said later.
         shared = rollout_ranks(config)
-        placed = replace(
-            config.rollout, gather=shared is not None, tensor_parallel=config.rollout.tensor_parallel or shared or 1
-        )
+        placed = replace(config.rollout, gather=shared is not None, tensor_parallel=wanted or shared or 1)
         config = replace(config, rollout=placed)
     return config
 

@@ -20,10 +20,11 @@ from rlhf.planner.parameters import (
     scalar_head_parameters,
 )
 
-GIB = 1024**3
+GIB, MIB = 1024**3, 1024**2
 # The device's context, communication buffers and fragmentation, per GPU; on a CPU the Python process.
 RESERVE_GIB = {Accelerator.cuda: 4.7, Accelerator.cpu: 0.5}
 ACTIVATION_SHARE = 0.15
+CACHE_SHARE = 0.5  # Of what is free beside weights and states, that native decoding's keys and values may take.
 FP16_NEEDS_ZERO = "without ZeRO DeepSpeed does not scale the loss of fp16"
 _FP32 = 4
 
@@ -52,12 +53,14 @@ class StageMemory:
 
     `gathered` is the policy's copy that generates, where one is needed: whole under ZeRO-3, with adapters merged, or
     packed on a CPU. Of it `outer` are embeddings and output layer, which every rank holds if several share the rest.
+    `cache` are the keys and values of one sequence of the longest prompt and response, without which none is generated.
     """
 
     stage: str
     roles: tuple[RoleStates, ...]
     gathered: float
     outer: float
+    cache: float
     reserve: float
     capacity: float | None
     host_capacity: float | None
@@ -77,7 +80,7 @@ class StageMemory:
         return self.outer + (self.gathered - self.outer) / ranks
 
     def fits(self, *, ranks: int | None = None, activations: float = 0.0) -> bool:
-        """Whether everything fits, with the copy that generates shared by some ranks (None: without one).
+        """Whether everything fits, with what generates, shared by some ranks (None: without it).
 
         Unknown sizes fit.
         """
@@ -86,7 +89,8 @@ class StageMemory:
         if self.capacity is None:
             return True
         peak = self.states + self.reserve + activations * self.capacity
-        return peak + (self.shared(ranks) if ranks is not None else 0.0) <= self.capacity
+        more = self.shared(ranks) + self.cache / ranks / CACHE_SHARE if ranks is not None else 0.0
+        return peak + more <= self.capacity
 
 
 def substages(stage: StageConfig) -> list[StageConfig]:
@@ -135,6 +139,7 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
         roles=tuple(roles),
         gathered=copied,
         outer=min(copied, float(outer * _bytes_per_weight(config))),
+        cache=_sequence_cache(config) if actor is not None else 0.0,
         reserve=RESERVE_GIB[Accelerator.cpu if on_cpu else Accelerator.cuda] * GIB,
         capacity=host if on_cpu else device,
         host_capacity=None if on_cpu else host,
@@ -159,6 +164,20 @@ def decodes_in_place(config: Config) -> bool:
     partitioned = any(config.memory.of_role(role.name, trained=True).zero_stage == 3 for role in roles)
     native = config.rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
     return native and not partitioned and (config.rollout.tensor_parallel or 1) == 1
+
+
+def longest_sequence(config: Config) -> int:
+    """Tokens of the longest prompt and response."""
+    return config.data.max_prompt_length + (config.rollout.max_new_tokens or config.data.max_response_length)
+
+
+def _sequence_cache(config: Config) -> float:
+    """Bytes of the longest sequence's keys and values; 0 for a model whose sizes are not known."""
+    shape = architecture_of(config.model)
+    if shape is None:
+        return 0.0
+    width = (shape.num_kv_heads or shape.num_heads) * (shape.head_dim or shape.hidden_size // shape.num_heads)
+    return 2.0 * shape.num_layers * width * longest_sequence(config) * _bytes_per_weight(config)
 
 
 def _bytes_per_weight(config: Config) -> int:
@@ -297,6 +316,26 @@ def _remedy(config: Config) -> str:
 def _holds(config: Config) -> bool:
     estimates = [stage_memory(config, stage) for stage in substages(config.stage)]
     return all(estimate is None or estimate.fits() for estimate in estimates)
+
+
+def cache_problems(config: Config) -> Iterator[str]:
+    """Say where the keys and values of a single sequence do not fit beside the states while it is decoded natively."""
+    rollout, ranks = config.rollout, config.rollout.tensor_parallel or 1
+    copied = rollout.gather or ranks > 1
+    natively = rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
+    for stage in substages(config.stage) if natively and (copied or decodes_in_place(config)) else []:
+        estimate = stage_memory(config, stage)
+        if estimate is None or estimate.capacity is None:
+            continue
+        free = estimate.capacity - estimate.states - estimate.reserve - (estimate.shared(ranks) if copied else 0.0)
+        cache = estimate.cache / ranks
+        if free > 0 and cache > CACHE_SHARE * free:
+            yield (
+                f"memory.zero_stage={config.memory.zero_stage}: the keys and values of one sequence of "
+                f"{longest_sequence(config)} tokens take {cache / MIB:.1f} MiB in stage {stage.name}, but at most "
+                f"{CACHE_SHARE:.0%} of the {free / MIB:.1f} MiB that are free beside its model states may be taken: "
+                f"lower data.max_response_length, or make room{_remedy(config)}"
+            )
 
 
 def rollout_problems(config: Config) -> Iterator[str]:

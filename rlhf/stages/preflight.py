@@ -4,13 +4,14 @@ import os
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
 from rlhf.data.sources import source_module
 from rlhf.data.split import PTX, STAGES
-from rlhf.models.tokenizer import prepare_tokenizer
+from rlhf.models.tokenizer import load_tokenizer, prepare_tokenizer
 from rlhf.stages.best_of_n.config import BestOfNConfig
 from rlhf.stages.dpo.config import DPOConfig
 from rlhf.stages.pipeline.config import PipelineConfig
@@ -114,10 +115,32 @@ def _check_judge(config: Config) -> None:
     module.content_digest(SourceConfig(kind=config.data.judge), name="judge")
 
 
+def check_stops(config: Config, tokenizer: Any) -> None:
+    """Raise ConfigError for a stop token that the tokenizer does not have, or a stop text that no answer contains."""
+    rollout, vocabulary = config.rollout, tokenizer.get_vocab()
+    longest = rollout.max_new_tokens or config.data.max_response_length
+    never = "no response would ever end with this text"
+    for text in rollout.stop:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        spelt = tokenizer.decode(ids, skip_special_tokens=False)
+        if text not in spelt:
+            raise ConfigError(f"rollout.stop: the tokens of {text!r} read {spelt!r}: {never}")
+        if len(ids) > longest + 2:  # The first and the last of them may be parts of longer tokens.
+            raise ConfigError(f"rollout.stop: {text!r} has {len(ids)} tokens, an answer at most {longest}: {never}")
+    unknown = [token for token in rollout.stop_tokens if token not in vocabulary]
+    if unknown:
+        raise ConfigError(
+            f"rollout.stop_tokens={rollout.stop_tokens}: the tokenizer has no token {', '.join(unknown)}; texts of "
+            "several tokens are for rollout.stop"
+        )
+
+
 def preflight(config: Config) -> Preflight:
-    """What `prepare` does, and a check that every stage has the rows that it needs."""
+    """What `prepare` does, and a check that every stage has the rows that it needs and can end its answers."""
     prepared = prepare(config)
     check_sizes(prepared.data, config.stage)
+    if (config.rollout.stop or config.rollout.stop_tokens) and not isinstance(config.stage, RMConfig):
+        check_stops(config, load_tokenizer(prepared.tokenizer_dir))
     return prepared
 
 

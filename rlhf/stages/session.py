@@ -10,7 +10,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from rlhf.config.errors import ConfigError
 from rlhf.config.files import read_yaml
 from rlhf.config.roles import Role
 from rlhf.config.schema import Config, MemoryConfig, ModelConfig
@@ -30,7 +29,7 @@ from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
 from rlhf.rollout.generate import Generator
 from rlhf.rollout.sampling import Sampling
-from rlhf.stages.preflight import preflight
+from rlhf.stages.preflight import check_stops, preflight
 from rlhf.tracking.metrics import MetricAccumulator
 from rlhf.tracking.recorder import Recorder
 from rlhf.tracking.records import CONFIG
@@ -117,7 +116,6 @@ def open_session(config: Config, run_dir: Path, *, base: ModelConfig | None) -> 
         if base is not None
         else None
     )
-    sampling_of(config, tokenizer)  # Found before anything is trained.
     device = initialize_distributed(timeout_minutes=config.launcher.timeout_minutes)
     seed_everything(config.seed)
     is_main = rank() == 0
@@ -186,23 +184,9 @@ def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
 
 
 def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How responses are drawn in a run.
-
-    Raises ConfigError for a stop token that the tokenizer does not have, or a stop text that its tokens cannot spell.
-    """
+    """How responses are drawn in a run. Raises ConfigError for texts and tokens that end none."""
+    check_stops(config, tokenizer)
     rollout, vocabulary = config.rollout, tokenizer.get_vocab()
-    for text in rollout.stop:
-        spelt = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False), skip_special_tokens=False)
-        if text not in spelt:
-            raise ConfigError(
-                f"rollout.stop: the tokens of {text!r} read {spelt!r}: no response would ever end with this text"
-            )
-    unknown = [token for token in rollout.stop_tokens if token not in vocabulary]
-    if unknown:
-        raise ConfigError(
-            f"rollout.stop_tokens={rollout.stop_tokens}: the tokenizer has no token {', '.join(unknown)}; texts of "
-            "several tokens are for rollout.stop"
-        )
     return Sampling(
         temperature=rollout.temperature,
         top_p=rollout.top_p,

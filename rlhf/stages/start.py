@@ -8,6 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
@@ -26,6 +27,7 @@ from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import (
     GIB,
+    cache_problems,
     memory_problems,
     mix_problems,
     precision_problems,
@@ -35,6 +37,7 @@ from rlhf.planner.memory import (
 )
 from rlhf.rollout.scorers import scorer_problems
 from rlhf.rollout.scorers.function import check_reference
+from rlhf.rollout.vllm_version import check_installed
 from rlhf.stages import stage_config_class
 from rlhf.stages.pipeline.steps import stage_runs
 from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
@@ -93,10 +96,20 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
         problems += [*length_problems(config), *directory_problems(config, config.stage)]
         problems += [*adapter_problems(config), *packing_problems(config), *mix_problems(config)]
         problems += [*rollout_problems(config), *precision_problems(config)]
-        problems += memory_problems(config) if must_fit else []
+        problems += [*memory_problems(config), *cache_problems(config)] if must_fit else []
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)
+    problems += backend_problems(config)
     raise_problems(located(problem, dict(origins)) for problem in problems)
+
+
+def backend_problems(config: Config) -> Iterator[str]:
+    """What is wrong with the package that a run generates with."""
+    if config.mode is Mode.run and config.rollout.backend is RolloutBackend.vllm:
+        try:
+            check_installed()
+        except ConfigError as error:
+            yield from error.problems
 
 
 def reference_problems(stage: StageConfig, key: str) -> Iterator[str]:

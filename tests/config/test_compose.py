@@ -87,6 +87,7 @@ def test_the_reward_model_is_the_model_unless_another_is_chosen() -> None:
         ("+stage.typo=1", "unknown key stage.typo: valid keys in stage are name, objective, sft, rm, ppo"),
         ("+sede=1", "unknown key sede: did you mean seed?"),
         ("stage.ppo.kl_coef=much", "stage.ppo.kl_coef: Value 'much' of type 'str' could not be converted to Float"),
+        ("rollout.stop=abc", "rollout.stop: needs a list, as in  rollout.stop=[first,second]"),
         ("memory.precision=bf61", "expected one of [auto, bf16, fp16, fp32]"),
         ("data.sources.one_liner.part=x", "did you mean data.sources.one_liners?"),
         ("seed=${nothing}", "Interpolation key 'nothing' not found"),

@@ -34,6 +34,10 @@ def test_the_default_has_no_problem() -> None:
     [
         (["memory.zero_stage=4"], "memory.zero_stage=4: must be at least 0 and at most 3"),
         (["memory.precision=fp16"], "memory.precision=fp16"),
+        (["rollout.tensor_parallel=0"], "rollout.tensor_parallel=0: must be at least 1"),
+        (["rollout.temperature=inf"], "rollout.temperature=inf: must be a finite number"),
+        (["stage.ppo.kl_coef=nan"], "stage.ppo.kl_coef=nan: must be a finite number"),
+        (["rollout.temperature=0.001"], "rollout.temperature=0.001: must be at least 0.01"),
         (["stage=sft", "stage.batch_size=33", "stage.micro_batch_size_per_gpu=8"], "set it to 32 or 48"),
         (["stage.ppo.optimizer.betas=[0.9]"], "stage.ppo.optimizer.betas=[0.9]"),
         (["stage.sft.optimizer.learning_rate=0"], "stage.sft.optimizer.learning_rate=0.0: must be above 0"),

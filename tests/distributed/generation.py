@@ -1,5 +1,6 @@
 """Further facts that `worker.py` collects on each rank: what generates, under each ZeRO stage, adapted or not."""
 
+import gc
 import shutil
 import time
 import warnings
@@ -39,6 +40,7 @@ from rlhf.rollout.sampling import Sampling
 
 GREEDY = Sampling(temperature=0.0, stop_ids=(1,), max_new_tokens=12, batch_size=3)
 DRAWN = replace(GREEDY, temperature=1.0)
+WAYS = (RolloutBackend.native, RolloutBackend.hf)
 
 
 def plain_engine(folder: Path, memory: MemoryConfig, role: Role, *, adapted: bool = False) -> Any:
@@ -109,14 +111,39 @@ def native_facts(
             generator = Generator(engine=engine, sampling=GREEDY, **options)
         assert "not compiled: no compiler" in generator.backend.description
         facts["by_torch"] = float(tokens(generator.generate(prompts)) == tokens(slow))
+    del native, slow, computed
+    facts |= {f"further_bytes_{wanted.value}": further_bytes(engine, prompts, folder, wanted) for wanted in WAYS}
     if adapted:
         reference = AdaptersOff(engine)
         facts["reference_same"] = float(
             tokens(answers(reference, prompts, folder, GREEDY))
             == tokens(answers(reference, prompts, folder, replace(GREEDY, backend=RolloutBackend.hf)))
         )
-        facts["reference_differs"] = float(tokens(answers(reference, prompts, folder, GREEDY)) != tokens(native))
+        facts["reference_differs"] = float(
+            tokens(answers(reference, prompts, folder, GREEDY)) != tokens(answers(engine, prompts, folder, GREEDY))
+        )
     return facts
+
+
+def further_bytes(engine: Any, prompts: PromptBatch, folder: Path, wanted: RolloutBackend) -> float:
+    """What tensors take more on any rank after a rollout than before it, when its cache is given back."""
+    tokenizer = load_tokenizer(folder / "policy")
+    sampling = replace(GREEDY, backend=wanted, release_cache=True)
+    generator = Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer))
+    before = living_bytes()
+    generator.generate(prompts)
+    return float(all_reduce_max(torch.tensor(float(living_bytes() - before))))
+
+
+def living_bytes() -> int:
+    """The memory of all tensors of this process, each piece counted once."""
+    gc.collect()
+    pieces: dict[int, int] = {}
+    for each in gc.get_objects():
+        if issubclass(type(each), Tensor):
+            storage = each.untyped_storage()
+            pieces[storage.data_ptr()] = max(storage.nbytes(), pieces.get(storage.data_ptr(), 0))
+    return sum(pieces.values())
 
 
 def shared_facts(engine: Any, before: list[Tensor], folder: Path, prompts: PromptBatch) -> dict[str, float]:
@@ -318,6 +345,24 @@ def stop_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryCon
     }
 
 
+def room_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """Whether a rank without room for a single sequence says so: alone, or with those that share its weights."""
+    engine, tokenizer = plain_engine(folder, memory, role), load_tokenizer(folder / "policy")
+    facts = {}
+    for ranks in (1, 2):
+        sampling = replace(GREEDY, tensor_parallel=ranks, gather=ranks == 1)
+        generator = Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=len(tokenizer))
+        with patch.object(backend, "free_bytes", lambda device: 2**30 * (1 - rank())):
+            try:
+                generator.generate(prompts)
+                refused = False
+            except ConfigError as error:
+                refused = "at most 50% of the 0.00 MiB that are free may be taken: lower" in str(error)
+        facts[f"refused_{ranks}"] = float(all_reduce_sum(torch.tensor(float(refused))))
+        assert tokens(generator.generate(prompts)), "it works again once there is room"
+    return facts
+
+
 def parallel_facts(
     folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig, *, adapted: bool
 ) -> dict[str, float]:
@@ -414,6 +459,7 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, role: Role) -> d
     facts["padded"] = padding_facts(role, third)
     facts["gate"] = gate_facts(folder, prompts, config)
     facts["stops"] = stop_facts(folder, prompts, role, replace(memory, zero_stage=3))
+    facts["room"] = room_facts(folder, prompts, role, replace(memory, zero_stage=3))
     for stage in (1, 3):
         facts[f"neighbours_zero{stage}"] = neighbour_facts(folder, prompts, role, replace(memory, zero_stage=stage))
     return facts

@@ -115,6 +115,7 @@ def test_native_decoding_gives_the_tokens_of_transformers(two_ranks: dict[str, A
     assert facts["tokens"] > 10
     assert facts["same"] == 1.0
     assert facts["logprob_error"] < 1e-4  # Training computes what was sampled from.
+    assert facts["further_bytes_native"] == facts["further_bytes_hf"] == 0.0
     assert facts["restored"] == 1.0  # Adapters are merged into a copy.
     if stage < 3:
         assert facts["in_place"] == 1.0  # Or not, where none fits.
@@ -154,6 +155,10 @@ def test_generation_that_disagrees_with_training_is_reported_replaced_or_ends_th
     assert facts.pop("weight_error") < 1e-5
     assert (facts.pop("warn_logprobs"), facts.pop("hf_logprobs")) == (1.0, 0.0)
     assert facts == {"warn_said": 1.0, "warn_native": 1.0, "hf_said": 1.0, "hf_native": 0.0, "stopped": 1.0}
+
+
+def test_a_cache_that_does_not_fit_is_refused_by_all_ranks_that_decode_together(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["room"] == {"refused_1": 1.0, "refused_2": 2.0}
 
 
 def test_texts_end_responses_and_the_cache_is_given_back(two_ranks: dict[str, Any]) -> None:

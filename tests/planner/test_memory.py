@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from built import SMALL, transformers_config
@@ -10,6 +11,7 @@ from rlhf.config.choices import RolloutBackend
 from rlhf.config.schema import (
     Accelerator,
     Config,
+    DataConfig,
     HardwareConfig,
     LoraConfig,
     MemoryConfig,
@@ -21,6 +23,7 @@ from rlhf.config.schema import (
 from rlhf.planner.memory import (
     GIB,
     RoleStates,
+    cache_problems,
     choose_zero_stage,
     decodes_in_place,
     memory_problems,
@@ -168,7 +171,7 @@ def test_what_there_is_room_for() -> None:
     estimate = stage_memory(config(2, gib=80.0), SFTConfig())
     assert estimate is not None
     assert (estimate.capacity, estimate.reserve, estimate.host_capacity) == (80 * GIB, 4.7 * GIB, 25 * GIB)
-    exact = replace(estimate, capacity=estimate.states + estimate.reserve)
+    exact = replace(estimate, capacity=estimate.states + estimate.reserve, cache=0.0)
     assert exact.fits() and exact.fits(ranks=1) and not exact.fits(activations=0.01)
     copied = replace(exact, gathered=9.0, outer=1.0)
     assert copied.fits() and not copied.fits(ranks=8)
@@ -176,6 +179,9 @@ def test_what_there_is_room_for() -> None:
     assert replace(copied, capacity=(exact.capacity or 0.0) + 2.0).fits(ranks=8)
     assert not replace(copied, capacity=(exact.capacity or 0.0) + 2.0).fits(ranks=7)
     assert not replace(exact, capacity=(exact.capacity or 0.0) - 1).fits()
+    # Keys and values may take half of what is left.
+    decoding = replace(copied, capacity=(exact.capacity or 0.0) + 5.0, cache=12.0)
+    assert decoding.fits(ranks=8) and not decoding.fits(ranks=7)
     assert replace(copied, capacity=None).fits(ranks=1)
     on_cpu = config(1)
     on_cpu = replace(on_cpu, hardware=replace(on_cpu.hardware, accelerator=Accelerator.cpu, gpu_memory_gib=None))
@@ -245,6 +251,28 @@ def test_adapters_and_packing_need_a_copy_of_the_policy_to_generate() -> None:
     assert copied(replace(adapted, rollout=RolloutConfig(backend=RolloutBackend.hf))) == 0.0
     on_cpu = replace(plain.hardware, accelerator=Accelerator.cpu, gpu_memory_gib=None)
     assert copied(replace(plain, hardware=on_cpu)) == 2 * LM
+
+
+def test_keys_and_values_of_one_sequence_have_to_fit_beside_the_states() -> None:
+    roomy = replace(config(1, gib=80.0), stage=PPOConfig(), data=DataConfig(max_prompt_length=256))
+    assert list(cache_problems(roomy)) == []
+    estimate = stage_memory(roomy, roomy.stage)
+    assert estimate is not None
+    sizes = SMALL["llama"]
+    width = (sizes.num_kv_heads or 0) * (sizes.head_dim or sizes.hidden_size // sizes.num_heads)
+    each = 2 * 2 * sizes.num_layers * width
+    most = int(0.5 * (80 * GIB - estimate.states - estimate.reserve) / each)
+
+    def long(length: int, **options: Any) -> list[str]:
+        data = replace(roomy.data, max_response_length=length - 256)
+        return list(cache_problems(replace(roomy, data=data, rollout=RolloutConfig(**options))))
+
+    assert long(most) == []
+    (problem,) = long(most + 1)
+    assert problem.startswith(f"memory.zero_stage=1: the keys and values of one sequence of {most + 1} tokens take")
+    assert "in stage ppo, but at most 50% of the" in problem and "lower data.max_response_length" in problem
+    assert long(most + 1, tensor_parallel=2) == []  # Each rank has half of the heads.
+    assert long(most + 1, backend=RolloutBackend.hf) == []
 
 
 def test_every_stage_of_a_pipeline_has_to_fit() -> None:

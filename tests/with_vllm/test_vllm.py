@@ -40,10 +40,8 @@ def test_answers_are_those_of_transformers_with_the_weights_of_the_moment(folder
         assert facts[name]["logprob_error"] < 1e-4
 
 
-WITH_VLLM = [
-    *("hardware=cpu", "memory=zero3", "rollout=vllm", "rollout.importance_cap=2"),
-    "model.scratch.hidden_size=128",  # Heads as wide as vLLM's kernels want.
-]
+WITH_VLLM = ["hardware=cpu", "memory=zero3", "rollout=vllm", "rollout.importance_cap=2"]
+WIDE = ["model.scratch.hidden_size=128"]  # Heads as wide as vLLM's kernels want.
 
 
 def metrics(stage: Path) -> list[dict[str, Any]]:
@@ -55,7 +53,7 @@ def metrics(stage: Path) -> list[dict[str, Any]]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pipeline whose answers were sampled by vLLM, as a user starts it."""
     run = tmp_path_factory.mktemp("pipeline") / "run"
-    done = launch(*miniature(run.parent), *WITH_VLLM, f"run_dir={run}")
+    done = launch(*miniature(run.parent), *WITH_VLLM, *WIDE, f"run_dir={run}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rollout: vLLM" in done.stdout and "warning: vLLM" not in done.stdout
     return run
@@ -74,8 +72,18 @@ def test_what_is_drawn_of_a_part_of_the_distribution_is_not_compared_and_that_is
     models = [f"stage.actor_model={finished / 'sft' / 'model'}", f"stage.reward_model={finished / 'rm' / 'model'}"]
     sizes = ["stage.rollout_batch_size=8", "stage.mini_batch_size=4", "stage.micro_batch_size_per_gpu=1"]
     steps = ["stage.iterations=1", "stage.eval_prompts=4", "rollout.top_k=20"]
-    done = launch("stage=ppo", *small_model(folder), *WITH_VLLM, *models, *sizes, *steps, f"run_dir={folder / 'part'}")
+    options = [*small_model(folder), *WITH_VLLM, *WIDE, *models, *sizes, *steps]
+    done = launch("stage=ppo", *options, f"run_dir={folder / 'part'}")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "warning: rollout.importance_cap does nothing" in done.stdout
     assert "warning: vLLM's tokens come without log-probabilities" in done.stdout
     assert not [row for row in metrics(folder / "part") if "rollout/logprob_difference" in row]
+
+
+def test_a_model_that_it_cannot_run_is_refused_before_training(tmp_path: Path) -> None:
+    sizes = ["stage.batch_size=8", "stage.micro_batch_size_per_gpu=2", "stage.max_steps=2"]
+    done = launch("stage=sft", *small_model(tmp_path), *WITH_VLLM, *sizes, f"run_dir={tmp_path / 'run'}")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "cannot generate with this model here" in done.stderr and "head_dim=16" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

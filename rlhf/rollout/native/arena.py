@@ -13,11 +13,10 @@ class Arena:
     Both of a layer lie in one block of memory, `layers`, so that a token's are written at once.
     """
 
+    layers: list[Tensor]
+
     def __init__(self) -> None:
-        self.layers: list[Tensor] = []
-        self.slots = self.length = 0
-        self._starts = torch.empty(0, 0)
-        self._range = torch.empty(0)
+        self.release()
 
     def fit(self, weights: DecoderWeights, *, slots: int, length: int) -> None:
         """Make room for so many slots of so many tokens; what is there is kept if it is large enough."""
@@ -53,6 +52,8 @@ class Arena:
         """Give the memory back."""
         self.layers = []
         self.slots = self.length = 0
+        self._starts = torch.empty(0, 0)
+        self._range = torch.empty(0)
 
     def move(self, source: int, target: int) -> None:
         """Copy one slot to another."""

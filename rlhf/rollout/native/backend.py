@@ -19,6 +19,7 @@ from rlhf.engine.distributed import RankGroup, local_world_size
 from rlhf.engine.generation import count_together, is_partitioned, whole_parameters
 from rlhf.models.decoder.parts import UnsupportedModelError, decoder_parts
 from rlhf.models.decoder.weights import DecoderWeights, Share, adapters, generation_weights
+from rlhf.planner.memory import CACHE_SHARE
 from rlhf.rollout.native.arena import Arena, bytes_per_token
 from rlhf.rollout.native.compiled import CompiledBlocks, reason_against
 from rlhf.rollout.native.forward import Decoder
@@ -28,7 +29,6 @@ from rlhf.rollout.native.loop import Batch
 from rlhf.rollout.responses import Response, answer_together
 from rlhf.rollout.sampling import Sampling, end_of_text
 
-ARENA_SHARE = 0.5  # Of the free memory, that the cache may take.
 KEPT_SHARE = 0.1  # Of the free memory, up to which the cache is kept between rollouts.
 
 
@@ -150,13 +150,15 @@ class NativeBackend:
         free = free_bytes(weights.device) + self.arena.nbytes
         if self.graphs is not None:  # What recording took stays its own.
             free -= self.graphs.nbytes
-        room = int(free * ARENA_SHARE // each)
         if self.group is not None:  # The group's ranks decode the same batch.
-            room = min(self.group.gather_objects(room))
+            free = min(self.group.gather_objects(free))
+        room = int(free * CACHE_SHARE // each)
         if room < 1:
             raise ConfigError(
-                f"the cache of keys and values of one sequence of {length} tokens takes {each / 2**20:.0f} MiB and "
-                f"{free / 2**20:.0f} MiB are free: lower rollout.max_new_tokens or data.max_prompt_length"
+                f"the cache of keys and values of one sequence of {length} tokens takes {each / 2**20:.2f} MiB, but at "
+                f"most {CACHE_SHARE:.0%} of the {free / 2**20:.2f} MiB that are free may be taken: lower "
+                "rollout.max_new_tokens, data.max_prompt_length or data.max_response_length, or make room "
+                "(memory=zero3, lora=r8)"
             )
         slots = min(count, self.sampling.batch_size or count, room)
         self.arena.fit(weights, slots=slots, length=length)

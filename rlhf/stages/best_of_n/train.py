@@ -99,6 +99,7 @@ def sample(session: Session) -> dict[str, list[Answer]]:
     mine: list[tuple[str, list[Answer]]] = []
     vocab_limit = vocabulary_limit(model, session.tokenizer)
     generator = generator_of(config, actor, session.tokenizer, vocab_limit=vocab_limit)
+    session.recorder.line(f"rollout: {generator.backend.description}")
     with session.recorder.phase("generation"), generator.generation_mode():
         sampled = [
             (rows_of_batch, repeated, generator.generate(repeated.to(session.device), seed=config.seed), valid)

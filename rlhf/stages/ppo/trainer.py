@@ -334,9 +334,8 @@ class DeepSpeedPPOTrainer:
         cap = self.args.rollout.importance_cap
         if cap is None or rollout.sampled_logprobs is None:
             return advantages
-        mask = rollout.response_mask
-        weights = importance_weights(computed, rollout.sampled_logprobs, mask, cap=cap)
-        self.metrics.add("rollout/importance_weight", weights.sum(), mask.sum())
+        weights = importance_weights(computed, rollout.sampled_logprobs, rollout.response_mask, cap=cap)
+        self.metrics.add("rollout/importance_weight", weights.sum(), rollout.response_mask.sum())
         return advantages * weights
 
     def _check_parity(self, rollout: Rollout, computed: Tensor) -> None:
@@ -352,7 +351,8 @@ class DeepSpeedPPOTrainer:
             raise StoppedError(f"stopped: {found}; rollout=hf generates with transformers")
         if options.mismatch is Mismatch.hf:
             self.generator.fall_back(found)
-            found = f"{found}; transformers generates from now on (rollout.mismatch=hf)"
+            without = "" if options.importance_cap is None else ", so that rollout.importance_cap does nothing"
+            found = f"{found}; transformers generates from now on (rollout.mismatch=hf){without}"
         (warnings.warn if self._recorder is None else self._recorder.line)(f"warning: {found}")
 
     def _record_rollout(self, experience: Experience, ended: Tensor) -> None:
