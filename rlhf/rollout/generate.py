@@ -136,7 +136,8 @@ class Generator:
             hindrance = f"native decoding does not do it for {error}"
         if wanted is RolloutBackend.native:
             raise ConfigError(f"rollout.backend=native: {hindrance}; rollout.backend=auto takes what works")
-        return self._hf(hindrance)
+        ranks = self.sampling.tensor_parallel
+        return self._hf(hindrance if ranks == 1 else f"{hindrance}; rollout.tensor_parallel={ranks} does nothing")
 
     def _hf(self, reason: str) -> HfBackend:
         return HfBackend(

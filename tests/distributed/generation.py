@@ -15,6 +15,7 @@ import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from torch import Tensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from rlhf import DeepSpeedPPOTrainer, DeepSpeedRLHFEngine
 from rlhf.batch import PromptBatch, Rollout
@@ -440,6 +441,24 @@ def layerwise_facts(folder: Path, prompts: PromptBatch, role: Role) -> dict[str,
     }
 
 
+def fallback_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryConfig) -> dict[str, float]:
+    """A model of a family that native decoding does not know, whose weights are to be shared, too."""
+    tokenizer = load_tokenizer(folder / "policy")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": len(tokenizer), "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+    engine = build_engine(GPT2LMHeadModel(GPT2Config(**sizes, **ends)), role, memory=memory, ranks=world_size())
+    options: dict[str, Any] = {"engine": engine, "tokenizer": tokenizer, "vocab_limit": len(tokenizer)}
+    ways = (replace(GREEDY, tensor_parallel=2, gather=False), replace(GREEDY, backend=RolloutBackend.hf))
+    generators = [Generator(sampling=sampling, **options) for sampling in ways]
+    found, wanted = (tokens(generator.generate(prompts)) for generator in generators)
+    said = generators[0].backend.description
+    return {
+        "said": float("does not do it for" in said and said.endswith("rollout.tensor_parallel=2 does nothing)")),
+        "same": float(found == wanted and len(wanted[0]) > 1),
+    }
+
+
 def collect(folder: Path, config: Config, prompts: PromptBatch, role: Role) -> dict[str, Any]:
     """All facts; `config` is that of a small PPO run."""
     memory = config.memory
@@ -459,6 +478,7 @@ def collect(folder: Path, config: Config, prompts: PromptBatch, role: Role) -> d
     facts["padded"] = padding_facts(role, third)
     facts["gate"] = gate_facts(folder, prompts, config)
     facts["stops"] = stop_facts(folder, prompts, role, replace(memory, zero_stage=3))
+    facts["fallback"] = fallback_facts(folder, prompts, role, replace(memory, zero_stage=3))
     facts["room"] = room_facts(folder, prompts, role, replace(memory, zero_stage=3))
     for stage in (1, 3):
         facts[f"neighbours_zero{stage}"] = neighbour_facts(folder, prompts, role, replace(memory, zero_stage=stage))

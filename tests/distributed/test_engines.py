@@ -157,6 +157,10 @@ def test_generation_that_disagrees_with_training_is_reported_replaced_or_ends_th
     assert facts == {"warn_said": 1.0, "warn_native": 1.0, "hf_said": 1.0, "hf_native": 0.0, "stopped": 1.0}
 
 
+def test_a_family_that_is_not_known_is_answered_by_transformers(two_ranks: dict[str, Any]) -> None:
+    assert two_ranks["fallback"] == {"said": 1.0, "same": 1.0}
+
+
 def test_a_cache_that_does_not_fit_is_refused_by_all_ranks_that_decode_together(two_ranks: dict[str, Any]) -> None:
     assert two_ranks["room"] == {"refused_1": 1.0, "refused_2": 2.0}
 

@@ -139,7 +139,7 @@ def main() -> None:
         "zero3_lora": facts_of(generator, tokenizer),
     }
     # The same vLLM with other weights, as after a training step.
-    for stage in (0, 3):
+    for stage in (0, 1, 2, 3):
         generator.engine = generator._plain = generator.backend.engine = engine_of(  # type: ignore[attr-defined]
             folder, zero_stage=stage, adapted=False
         )
