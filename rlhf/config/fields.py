@@ -27,7 +27,7 @@ def field_doc(declared: "Field[Any]") -> str:
 
 
 def bounds(declared: "Field[Any]") -> str:
-    """The numbers that a field may be, in words ("" if any finite one)."""
+    """The numbers that a field may be, in words ("" if any)."""
     minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
     words = []
     if minimum is not None:
@@ -39,19 +39,19 @@ def bounds(declared: "Field[Any]") -> str:
     return " and ".join(words)
 
 
-def out_of_bounds(declared: "Field[Any]", value: Any) -> bool:
-    """Whether a number is not what its field may be; null and what is no number are."""
+def demand(declared: "Field[Any]", value: Any) -> str:
+    """What a number has to be and is not, in words, else ""; null and what is no number are left alone."""
     if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    if not math.isfinite(value):
-        return True
+        return ""
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a finite number"
     minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
     inside = (
         (minimum is None or value >= minimum)
         and (above is None or value > above)
         and (maximum is None or value <= maximum)
     )
-    return not inside
+    return "" if inside else bounds(declared)
 
 
 def undocumented(config_class: type) -> list[str]:

@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.explain import did_you_mean
-from rlhf.config.fields import bounds, out_of_bounds
+from rlhf.config.fields import demand
 from rlhf.config.schema import (
     REWARD_MODEL,
     Accelerator,
@@ -65,8 +64,8 @@ def _bounds(config: Any, prefix: str = "") -> Iterator[str]:
             for name, inner in value.items():
                 if is_dataclass(inner):
                     yield from _bounds(inner, f"{key}.{name}.")
-        elif out_of_bounds(entry, value):
-            yield f"{key}={value}: must be {bounds(entry) if math.isfinite(value) else 'a finite number'}"
+        elif wanted := demand(entry, value):
+            yield f"{key}={value}: must be {wanted}"
 
 
 def _roles_memory(memory: MemoryConfig, *, frozen_actor: bool) -> Iterator[str]:

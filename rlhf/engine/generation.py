@@ -17,8 +17,8 @@ from rlhf.engine.shared import shared_memory
 TOGETHER = 2**23  # Bytes that are gathered in one collective; more is slower on CPUs.
 AHEAD = 3  # Collectives that are under way at once; what they gather exists twice for a moment.
 SHARED = 2**20  # Bytes from which ranks share memory: what is less is gathered as fast.
-_WHOLE: WeakSet[Any] = WeakSet()  # Engines whose parameters are whole at this moment.
 ALIGNMENT = 64  # Bytes: of a cache line, and a multiple of every number's.
+_WHOLE: WeakSet[Any] = WeakSet()  # Engines whose parameters are whole at this moment.
 
 
 @contextmanager

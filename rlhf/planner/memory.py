@@ -319,22 +319,21 @@ def _holds(config: Config) -> bool:
 
 
 def cache_problems(config: Config) -> Iterator[str]:
-    """Say where the keys and values of a single sequence do not fit beside the states while it is decoded natively."""
-    rollout, ranks = config.rollout, config.rollout.tensor_parallel or 1
-    copied = rollout.gather or ranks > 1
-    natively = rollout.backend in (RolloutBackend.auto, RolloutBackend.native)
-    for stage in substages(config.stage) if natively and (copied or decodes_in_place(config)) else []:
+    """Say where states leave no room for one sequence's keys and values; no copy is decided on where there is none."""
+    if config.rollout.gather or not decodes_in_place(config):
+        return
+    for stage in substages(config.stage):
         estimate = stage_memory(config, stage)
-        if estimate is None or estimate.capacity is None:
+        if estimate is None or estimate.capacity is None or not estimate.fits():
             continue
-        free = estimate.capacity - estimate.states - estimate.reserve - (estimate.shared(ranks) if copied else 0.0)
-        cache = estimate.cache / ranks
-        if free > 0 and cache > CACHE_SHARE * free:
+        free = estimate.capacity - estimate.states - estimate.reserve
+        if estimate.cache > CACHE_SHARE * free:
             yield (
                 f"memory.zero_stage={config.memory.zero_stage}: the keys and values of one sequence of "
-                f"{longest_sequence(config)} tokens take {cache / MIB:.1f} MiB in stage {stage.name}, but at most "
-                f"{CACHE_SHARE:.0%} of the {free / MIB:.1f} MiB that are free beside its model states may be taken: "
-                f"lower data.max_response_length, or make room{_remedy(config)}"
+                f"{longest_sequence(config)} tokens take {estimate.cache / MIB:.1f} MiB in stage {stage.name}, but at "
+                f"most {CACHE_SHARE:.0%} of the {free / MIB:.1f} MiB that are free beside its model states may be "
+                "taken: lower data.max_response_length or data.max_prompt_length, or make room by a higher ZeRO stage, "
+                "adapters (lora=r128) or larger hardware"
             )
 
 

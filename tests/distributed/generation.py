@@ -318,8 +318,7 @@ def stop_facts(folder: Path, prompts: PromptBatch, role: Role, memory: MemoryCon
     # The prompt and the beginning of the response read like this: it ends nothing.
     across = tokenizer.decode([int(prompts.prompt_ids[1, -1]), free[1][0]])
     stopped = [
-        answers(engine, prompts, folder, replace(GREEDY, stop=(text, across), backend=backend))
-        for backend in (RolloutBackend.native, RolloutBackend.hf)
+        answers(engine, prompts, folder, replace(GREEDY, stop=(text, across), backend=backend)) for backend in WAYS
     ]
     generator = Generator(
         engine=engine,
@@ -409,7 +408,9 @@ def gate_facts(folder: Path, prompts: PromptBatch, config: Config) -> dict[str, 
             except StoppedError as error:
                 facts["stopped"] = float("rollout.mismatch_tolerance" in str(error) and action is Mismatch.stop)
                 continue
-        facts[f"{action.value}_said"] = float(any("mismatch_tolerance" in str(each.message) for each in warned))
+        said = next((str(each.message) for each in warned if "mismatch_tolerance" in str(each.message)), "")
+        useless = "so that rollout.importance_cap does nothing" in said
+        facts[f"{action.value}_said"] = float(bool(said) and useless == (action is Mismatch.hf))
         facts[f"{action.value}_native"] = float(trainer.generator.native)
         facts[f"{action.value}_logprobs"] = float(trainer.generator.gives_logprobs)
         metrics = trainer.metrics.flush(all_reduce_sum, all_reduce_max)

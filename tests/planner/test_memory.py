@@ -271,8 +271,16 @@ def test_keys_and_values_of_one_sequence_have_to_fit_beside_the_states() -> None
     (problem,) = long(most + 1)
     assert problem.startswith(f"memory.zero_stage=1: the keys and values of one sequence of {most + 1} tokens take")
     assert "in stage ppo, but at most 50% of the" in problem and "lower data.max_response_length" in problem
-    assert long(most + 1, tensor_parallel=2) == []  # Each rank has half of the heads.
-    assert long(most + 1, backend=RolloutBackend.hf) == []
+    # Each rank has half of the heads, a copy was asked for, or it is not decoded natively.
+    for options in ({"tensor_parallel": 2}, {"gather": True}, {"backend": RolloutBackend.hf}):
+        assert long(most + 1, **options) == []
+    # States that do not fit are told by themselves.
+    small = replace(roomy.hardware, gpu_memory_gib=estimate.states / GIB)
+    assert list(cache_problems(replace(roomy, hardware=small))) == []
+    # Where the policy's copy is decided by itself, it is made only if keys and values fit, too.
+    data = replace(roomy.data, max_response_length=most - 256)
+    assert rollout_ranks(replace(roomy, data=data)) == 1
+    assert rollout_ranks(replace(roomy, data=replace(data, max_response_length=most - 255))) is None
 
 
 def test_every_stage_of_a_pipeline_has_to_fit() -> None:
