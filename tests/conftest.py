@@ -5,6 +5,7 @@ from typing import Any
 
 import jaxtyping
 import pytest
+from ranks import Ranks, RanksError
 
 # Ranks and workers that tests start inherit these.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +25,7 @@ settings.load_profile("rlhf")
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """With `pytest -n 2` a file's tests run in one process, and so do all of distributed/, which share trained models.
+    """With `pytest -n 2` a file's tests run in one process; so do those that share running ranks, or a trained model.
 
     xdist's own groups (`--dist loadgroup`) have no effect with pytest 9.2.
     """
@@ -33,10 +34,39 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class Together(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             path = nodeid.split("::")[0]
-            return "distributed" if "distributed/" in path else path
+            if path.endswith(("distributed/test_pipeline.py", "distributed/test_sweep.py")):
+                return "pipeline"
+            return "ranks" if "distributed/" in path or path.endswith("rollout/test_families.py") else path
 
     config.option.loadscopereorder = False  # What takes longest begins early.
     return Together(config, log)
+
+
+RANKS = pytest.StashKey[dict[int, Ranks]]()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
+    """Call the function of a test that is marked with `ranks` on so many ranks, and not here."""
+    marker = pyfuncitem.get_closest_marker("ranks")
+    if marker is None:
+        return None
+    (count,) = marker.args
+    pools = pyfuncitem.config.stash.setdefault(RANKS, {})
+    ranks = pools.setdefault(count, Ranks(count))
+    names = pyfuncitem._fixtureinfo.argnames
+    try:
+        ranks.call(pyfuncitem.function, {name: pyfuncitem.funcargs[name] for name in names})
+    except RanksError as error:
+        pytest.fail(str(error), pytrace=False)
+    return True
+
+
+@pytest.hookimpl
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the ranks that tests were called on."""
+    for ranks in config.stash.get(RANKS, {}).values():
+        ranks.stop()
 
 
 @pytest.fixture(scope="session", autouse=True)

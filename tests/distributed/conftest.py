@@ -1,81 +1,17 @@
-"""Miniature models on disk, and one start of the real launcher per number of ranks, shared by all tests here."""
+"""Miniature models on disk, and a pipeline that has finished: what the tests here share."""
 
-import json
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from miniature import launch as start
 from miniature import miniature
-from ranks import run_ranks
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
-
-WORKER = Path(__file__).with_name("worker.py")
-ROOT = WORKER.parents[2]
-
-
-def make_models(folder: Path) -> None:
-    """A policy and a reward model of a few thousand parameters, with dropout in their configuration."""
-    words = ["<s>", "</s>", "<pad>", "<unk>", "<|user|>", "<|assistant|>", *(f"w{index}" for index in range(42))]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
-    torch.manual_seed(0)
-    sizes = dict(
-        vocab_size=len(words) + 4,  # Four rows of padding: they must never be sampled.
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        ffn_dim=64,
-        word_embed_proj_dim=32,
-        max_position_embeddings=64,
-        dropout=0.1,
-        bos_token_id=0,
-        eos_token_id=1,
-        pad_token_id=2,
-        init_std=0.2,
-    )
-    OPTForCausalLM(OPTConfig(**sizes)).save_pretrained(folder / "policy")
-    reward = OPTForSequenceClassification(OPTConfig(num_labels=1, **sizes))
-    reward.config.score_mean, reward.config.score_std = 0.25, 1.5
-    reward.save_pretrained(folder / "reward")
-    for name in ("policy", "reward"):
-        tokenizer.save_pretrained(folder / name)
-    make_other_reward_model(folder / "other_reward", words, sizes)
-
-
-def make_other_reward_model(folder: Path, words: list[str], sizes: dict[str, Any]) -> None:
-    """A reward model whose tokenizer has the same words under other ids, and another chat template."""
-    shuffled = [*words[:4], *reversed(words[4:])]
-    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(shuffled)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
-    )
-    tokenizer.chat_template = (
-        "{% for m in messages %}{{ '<|' + m['role'] + '|> ' + m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ ' <|assistant|> ' }}{% endif %}"
-    )
-    OPTForSequenceClassification(OPTConfig(num_labels=1, **sizes)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-
-
-def launch(folder: Path, *, ranks: int) -> dict[str, Any]:
-    """Run the worker on so many ranks and return its facts."""
-    run_ranks(WORKER, str(folder), ranks=ranks, timeout=300)
-    facts: dict[str, Any] = json.loads((folder / f"facts-{ranks}.json").read_text())
-    return facts
+from models_on_disk import make_models
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the miniature models are, and where the workers write."""
+    """Where the miniature models are."""
     path = tmp_path_factory.mktemp("distributed")
     make_models(path)
     return path
@@ -88,15 +24,3 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str],
     arguments = [*miniature(folder), "hardware=cpu", "memory=zero2"]
     done = start(*arguments, f"run_dir={folder / 'runs' / 'first'}")
     return folder / "runs" / "first", arguments, done
-
-
-@pytest.fixture(scope="session")
-def two_ranks(folder: Path) -> dict[str, Any]:
-    """Facts of two ranks."""
-    return launch(folder, ranks=2)
-
-
-@pytest.fixture(scope="session")
-def one_rank(folder: Path) -> dict[str, Any]:
-    """Facts of one rank."""
-    return launch(folder, ranks=1)
