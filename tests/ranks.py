@@ -8,6 +8,8 @@ from pathlib import Path
 
 import psutil
 
+from rlhf.launcher.command import NO_HOSTFILE
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -16,7 +18,8 @@ def run_ranks(script: Path, *arguments: str, ranks: int, timeout: float) -> None
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", *NO_HOSTFILE]
+    runner += ["--num_accelerators", str(ranks), "--no_local_rank"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"

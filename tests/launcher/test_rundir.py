@@ -120,6 +120,18 @@ def test_the_command_takes_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(chosen.port) in chosen.argv
 
 
+def test_deepspeed_is_told_that_there_is_no_hostfile() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+    for accelerator in (Accelerator.cpu, Accelerator.cuda):
+        local = config(hardware=HardwareConfig(accelerator=accelerator, gpus_per_node=2, threads_per_rank=1))
+        command = launch_command(local, config_path=Path("/run/config.yaml"), gpus=(0, 1))
+        parsed = parse_args(list(command.argv[1:]))
+        # Its default is a file that some clusters have; whoever reads it starts the ranks by ssh.
+        assert parsed.hostfile != parse_args(["--module", "rlhf"]).hostfile == "/job/hostfile"
+        assert fetch_hostfile(parsed.hostfile) is None
+
+
 def test_what_a_cpu_computes_in() -> None:
     assert cpu_computes_bf16("processor: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_tile\n")
     assert cpu_computes_bf16("Features\t: fp asimd bf16\n")
