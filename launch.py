@@ -20,6 +20,7 @@ from rlhf.config.compose import CommandLine, compose_given, composing, find_mist
 from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
+from rlhf.config.terminal import guard_output
 from rlhf.launcher.hosts import names_secret, without_secrets
 from rlhf.launcher.sweep import SWEEP, JobResult, clear_results, read_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
@@ -31,10 +32,12 @@ USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    guard_output()
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(composed: Any) -> float | None:
+        guard_output()  # A job of a sweep may run in a process of its own.
         hydra_config = HydraConfig.get()
         swept = hydra_config.mode is RunMode.MULTIRUN
         if swept:
@@ -119,9 +122,6 @@ def reported(composed: Any, *, in_sweep: bool) -> Started:
         if not in_sweep and HydraConfig.get().runtime.choices.get("sweep"):
             raise ConfigError("sweep=… chooses many runs: add -m, as in  python launch.py -m sweep=NAME")
         return start(from_composed(composed), value_origins(CONF), in_sweep=in_sweep)
-    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Started(code=141, message="nobody read the output", figures={})
     except USER_ERRORS as error:
         message = without_secrets(explain(error))
         return Started(code=complain(message), message=message.split("\n")[0], figures={})

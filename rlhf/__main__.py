@@ -29,7 +29,10 @@ def main() -> int:
     run_dir = path.resolve().parent
     adopt_rank(os.environ)
     rank = int(os.environ.get("RANK", "0"))
+    from rlhf.config.terminal import guard_output
+
     redirect_output(run_dir / "logs" / f"rank{rank}.log")
+    guard_output()
     try:
         run_stage(path, run_dir)
     except (
@@ -78,9 +81,13 @@ def run_stage(path: Path, run_dir: Path) -> None:
 
 
 def redirect_output(log: Path) -> None:
-    """Send all of this process's output, also that of libraries, to its log file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Send all of this process's output, also that of libraries, to its log file; without one to the launcher's."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        print(f"{log} cannot be written: {error.strerror}", file=sys.stderr)
+        return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())

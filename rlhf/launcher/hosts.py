@@ -143,7 +143,7 @@ def launcher_problems(config: Config) -> Iterator[str]:
             )
         elif not name.isidentifier():
             yield f"launcher.environment.{name}: is not a name of an environment variable"
-        elif re.fullmatch(_FIT.get(launcher.kind, r"[^\n]*"), value) is None:
+        elif re.fullmatch(_FIT.get(launcher.kind, ".*"), value) is None or re.search(r"[\x00-\x1f\x7f]", value):
             yield f"launcher.environment.{name}={value}: launcher={launcher.kind.name} cannot pass on such characters"
     if launcher.options and without_secrets(launcher.options) != launcher.options:
         yield (

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 from rlhf.config.errors import ConfigError
 from rlhf.config.files import read_yaml, to_plain
 from rlhf.config.schema import Config
+from rlhf.config.terminal import shown
 from rlhf.config.writing import write_text
 
 CONFIG, COMMAND = "config.yaml", "command.txt"
@@ -42,12 +44,21 @@ def with_run_dir(config: Config) -> Config:
         return config
     content = json.dumps(_identity(to_plain(config)), sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
-    name = f"{config.stage.name}-{config.model.name}-{config.data.name}-seed{config.seed}-{digest}"
+    model, data = (_name_part(name) for name in (config.model.name, config.data.name))
+    name = f"{config.stage.name}-{model}-{data}-seed{config.seed}-{digest}"
     return replace(config, run_dir=str(Path("runs", name).absolute()))
+
+
+def _name_part(name: str | None) -> str:
+    """A name as part of a file's name: without what paths, shells and terminals read otherwise, and not too long."""
+    return re.sub(r"[^\w.+-]+", "_", str(name)).encode()[:60].decode(errors="ignore")
 
 
 def check_free(run_dir: Path) -> None:
     """Raise ConfigError if a path is a file, or a directory with something in it that is no run's."""
+    if re.search(r"[\t\n]", str(run_dir)) or shown(str(run_dir)) != str(run_dir):
+        # The launcher's log shows it as it is, and so do shells.
+        raise ConfigError(f"run_dir={str(run_dir)!r} holds characters that cannot be shown: give another run_dir=")
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
     if not run_dir.exists() or (run_dir / CONFIG).is_file():

@@ -15,6 +15,7 @@ from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
+from rlhf.config.terminal import steer
 from rlhf.config.validate import find_problems, raise_problems
 from rlhf.data.problems import source_problems
 from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
@@ -183,7 +184,7 @@ def show_data(config: Config, run_dir: Path) -> Started:
     check_free(run_dir)
     from rlhf.stages.doctor import examine
 
-    print(examine(config, run_dir / DATA, colored=sys.stdout.isatty()))
+    steer(sys.stdout, examine(config, run_dir / DATA, colored=sys.stdout.isatty()) + "\n")
     return Started(code=0, run_dir=str(run_dir), figures={})
 
 

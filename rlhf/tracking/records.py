@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.terminal import shown_json
 from rlhf.config.writing import write_json as write_json
 
 METRICS = "metrics.jsonl"
@@ -37,7 +38,7 @@ def finite_only(value: Any) -> Any:
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON object as a line that a concurrent reader sees whole or not at all."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    line = shown_json(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n"
     with path.open("ab", buffering=0) as file:
         file.write(line.encode())
 
@@ -52,7 +53,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:

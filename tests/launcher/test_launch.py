@@ -111,7 +111,10 @@ def test_values_of_the_users_own_directory_are_called_by_their_file(tmp_path: Pa
 
 
 def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Name number {n}.", "chosen": f"Number {n}, of course.", "rejected": "No."} for n in range(400)]
+    rows = [
+        {"prompt": f"Name number {n}.", "chosen": f"Number {n}, of course.", "rejected": "No.\x1b[2J"}
+        for n in range(400)
+    ]
     lines = [json.dumps(row) for row in rows] + ["{broken", json.dumps({**rows[0], "chosen": None})]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     given = [
@@ -134,6 +137,9 @@ def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
     assert "main" in done.stdout and "bad row" in done.stdout and "sft_train" in done.stdout
     assert "the chosen answer is the longer one in 100% of the pairs" in done.stdout
     assert "<|user|>Name number" in done.stdout and ", of course.</s>»" in done.stdout
+    folder = tmp_path / "r" / "data"
+    texts = done.stdout + strict.stderr + "".join((folder / f"data.{end}").read_text() for end in ("txt", "html"))
+    assert "\x1b" not in texts and texts.count(r"No.\x1b[2J") > 2
     found = json.loads((tmp_path / "r" / "data" / "data.json").read_text())
     assert found["counts"]["dropped"]["bad row"] == 2
     assert found["overlaps"] == {}

@@ -466,6 +466,11 @@ def worlds(argv: list[str]) -> dict[str, list[int]]:
         (LauncherKind.pdsh, {"environment": {"A": "$HOME"}}, "launcher.environment.A=$HOME: launcher=pdsh cannot pass"),
         (LauncherKind.mpich, {"environment": {"A": "1 2"}}, "launcher.environment.A=1 2: launcher=mpich cannot pass"),
         (LauncherKind.slurm, {"environment": {"A": "1\n2"}}, "launcher.environment.A=1\n2: launcher=slurm cannot pass"),
+        (
+            LauncherKind.local,
+            {"environment": {"A": "\x1bc"}},
+            "launcher.environment.A=\x1bc: launcher=local cannot pass",
+        ),
     ],
 )
 def test_what_a_launcher_cannot_do_is_a_problem(

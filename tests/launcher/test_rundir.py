@@ -44,6 +44,17 @@ def test_the_name_tells_runs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert with_run_dir(config(run_dir="/given")).run_dir == "/given"
 
 
+def test_names_of_models_and_data_make_names_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = with_run_dir(config(model=ModelConfig(name="org/\x1b[31m model" + "映" * 300))).run_dir
+    assert name is not None and Path(name).parent == tmp_path / "runs"
+    assert Path(name).name.startswith("pipeline-org_31m_model映映") and len(Path(name).name.encode()) < 255
+    Path(name).mkdir(parents=True)
+    for character in ("\x1b[31m", "\n", "\u202e", "\udcff"):
+        with pytest.raises(ConfigError, match=r"run_dir='.*holds characters that cannot be shown"):
+            check_run_dir(tmp_path / f"run{character}", config(), finished=False)
+
+
 def test_a_directory_is_used_only_if_it_is_free_or_can_go_on(tmp_path: Path) -> None:
     run_dir, settings = tmp_path / "run", config()
     assert check_run_dir(run_dir, settings, finished=False) is False
