@@ -35,15 +35,15 @@ def main() -> int:
     guard_output()
     try:
         run_stage(path, run_dir)
+        marker = run_dir / "done" / f"rank{rank}"
+        marker.parent.mkdir(exist_ok=True)
+        marker.touch()
     except (
         BaseException
     ) as error:  # Whatever it is, the launcher must learn of it; it is raised again by the exit code.
         record_error(run_dir / "errors" / f"rank{rank}.json", error)
         traceback.print_exc()
         return 2 if is_user_error(error) else 1
-    marker = run_dir / "done" / f"rank{rank}"
-    marker.parent.mkdir(exist_ok=True)
-    marker.touch()
     return 0
 
 
@@ -106,15 +106,28 @@ def silence_warnings() -> None:
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells a user what to do."""
     from rlhf.config.errors import ConfigError, DataError, StoppedError
+    from rlhf.config.storage import storage_problem
 
-    return isinstance(error, ConfigError | DataError | StoppedError)
+    return isinstance(error, ConfigError | DataError | StoppedError) or storage_problem(error) is not None
+
+
+def told(error: BaseException, run_dir: Path) -> str:
+    """An error's message; where a file could not be written it says what the run has written before."""
+    from rlhf.config.storage import storage_problem
+
+    problem = storage_problem(error)
+    if problem is None:
+        return str(error)
+    model = run_dir / "model"
+    exists = f"the trained model is in {model}" if (model / "config.json").is_file() else "no model has been written"
+    return f"{problem}, and give the same command again; {exists}"
 
 
 def record_error(path: Path, error: BaseException) -> None:
     """Write why this rank fails, for the launcher to show."""
     facts = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": told(error, path.parents[1]),
         "traceback": traceback.format_exc(),
         "user_error": is_user_error(error),
     }

@@ -16,7 +16,7 @@ from rlhf.config.schema import Config
 from rlhf.config.terminal import shown
 from rlhf.config.writing import write_text
 
-CONFIG, COMMAND = "config.yaml", "command.txt"
+CONFIG, COMMAND, INPUTS = "config.yaml", "command.txt", "inputs.json"
 _LOCK = ".lock"
 # What does not change what is trained.
 _IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
@@ -119,18 +119,23 @@ def claimed(run_dir: Path, *, name: str = _LOCK) -> Iterator[None]:
         yield
 
 
-def move_aside(directory: Path) -> Path | None:
-    """Move what a stage that did not finish left in its directory to failed-<n> within it; None if there is nothing."""
+def move_aside(directory: Path, *, name: str = "failed") -> Path | None:
+    """Move what an attempt at a stage left in its directory to <name>-<n> within it; None if there is nothing."""
     if not (directory / COMMAND).is_file():
         return None
     number = 1
-    while (target := directory / f"failed-{number}").exists():
+    while (target := directory / f"{name}-{number}").exists():
         number += 1
     target.mkdir()
     for entry in list(directory.iterdir()):
-        if entry.name not in (PLAN, DATA) and not entry.name.startswith((_LOCK, "failed-")):
+        if entry.name not in (PLAN, DATA) and not entry.name.startswith((_LOCK, "failed-", "earlier-")):
             entry.rename(target / entry.name)
     return target
+
+
+def folder_beside(run_dir: Path, name: str) -> Path:
+    """Where mode=plan or mode=data writes: into the run's directory, or beside it where that holds a run already."""
+    return run_dir.with_name(f"{run_dir.name}-{name}") if (run_dir / CONFIG).is_file() else run_dir / name
 
 
 def write_files(directory: Path, files: Mapping[str, str]) -> None:

@@ -22,7 +22,7 @@ MANIFEST = "manifest.json"
 REUSED = "reused.json"
 # What is drawn or written anew, or says nothing about what was trained.
 _LEFT_OUT = ("plots", "wandb", "plan", "data", "report.md", "report.html", "stop", REUSED, MANIFEST)
-_LEFT_OUT_BEGINNINGS = (".lock", "failed-")
+_LEFT_OUT_BEGINNINGS = (".lock", "failed-", "earlier-", ".probe-")
 
 
 def file_digest(path: Path) -> str:
@@ -89,7 +89,8 @@ class StageStore:
     def take(self, entry: Path, directory: Path) -> str:
         """Put an entry's files into a stage's directory and return the run directory that trained it."""
         manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        for name in manifest["files"]:
+        # The marks that the stage has finished come last: whoever is interrupted before leaves none.
+        for name in sorted(manifest["files"], key=lambda name: name.startswith("done/")):
             _link(entry / name, directory / name)
         write_json(directory / REUSED, {"key": entry.name, "from": manifest["from"]})
         return str(manifest["from"])

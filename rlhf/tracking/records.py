@@ -1,7 +1,10 @@
 """The files of a run directory: their names, how they are appended to and how they are read back. No torch."""
 
+import contextlib
+import errno
 import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,15 +40,23 @@ def finite_only(value: Any) -> Any:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line that a concurrent reader sees whole or not at all."""
+    """Append one JSON object as a line that a concurrent reader sees whole or not at all. Raises OSError."""
     line = shown_json(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n"
+    content = line.encode()
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+        length = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):  # What a disk does that becomes full within the line.
+            file.truncate(length)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def say(run_dir: Path, text: str, *, transient: bool = False) -> None:
-    """Show a line on the terminal of whoever follows the run; a transient one is overwritten by the next."""
-    append_row(run_dir / PROGRESS, {"text": text, "transient": transient})
+    """Show a line on the terminal of whoever follows the run; a transient one is overwritten by the next.
+
+    What cannot be written is left out: telling how a run goes does not end it.
+    """
+    with contextlib.suppress(OSError):
+        append_row(run_dir / PROGRESS, {"text": text, "transient": transient})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -39,8 +39,15 @@ def test_a_plan_shows_commands_and_writes_them(tmp_path: Path) -> None:
     assert json.loads((folder / "ppo-actor.json").read_text()) == rendered["actor"]
     assert {path.name for path in folder.iterdir()} >= {"plan.txt", "config.yaml", "sft-model.json", "ppo-critic.json"}
     assert SECRET not in done.stdout + "".join(path.read_text() for path in folder.iterdir())
+    # A plan keeps nobody from planning or running there, but what a run has written is left alone.
+    run_dir = folder.parent
+    (run_dir / "config.yaml").write_text("seed: 1")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     again = launch(tmp_path, "mode=plan", "hardware=cpu", "memory=zero3")
-    assert again.returncode == 0  # A plan in a run directory keeps nobody from planning or running there.
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert (tmp_path / "runs" / f"{run_dir.name}-plan" / "plan.txt").is_file()
+    assert again.stdout.endswith(f"# Written to {run_dir}-plan\n")
 
 
 def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
