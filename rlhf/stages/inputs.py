@@ -77,8 +77,8 @@ def _digest(facts: Any) -> str:
 
 
 def _weights(directory: str, revision: str | None = None) -> Any:
-    """A directory by its files; a model of the hub by the commit that the cache has of it."""
-    if Path(directory).is_dir():
+    """A directory by its files, also one that is gone; a model of the hub by the commit that the cache has of it."""
+    if Path(directory).is_dir() or Path(directory).is_absolute():
         return tree_digests(Path(directory))
     from huggingface_hub import try_to_load_from_cache
 

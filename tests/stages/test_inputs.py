@@ -140,5 +140,7 @@ def test_what_changed_is_known_by_its_kind(rows: Path, tmp_path: Path) -> None:
     assert changed(model / "model.safetensors", "1") == ["weights"]
     assert changed(score, "def score(prompts, responses): ...\n") == ["code"]
     assert changed(tmp_path / "notes.txt", "") == []
+    gone = stage_inputs(config(rows, stage=RMConfig(sft_model=str(tmp_path / "gone"))))
+    assert gone["weights"] != stage_inputs(config(rows, stage=RMConfig(sft_model=str(model))))["weights"]
     first, other = (stage_inputs(config(rows, seed=seed)) for seed in (1, 2))
     assert [name for name in first if first[name] != other[name]] == ["options"]
