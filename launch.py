@@ -20,6 +20,8 @@ from rlhf.config.compose import CommandLine, compose_given, composing, find_mist
 from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
+from rlhf.config.storage import storage_problem
+from rlhf.config.terminal import guard_output
 from rlhf.launcher.hosts import names_secret, without_secrets
 from rlhf.launcher.sweep import SWEEP, JobResult, clear_results, read_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
@@ -31,10 +33,12 @@ USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
 
 def main() -> int:
     """Run the command line and return the exit code."""
+    guard_output()
     codes: list[int] = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(composed: Any) -> float | None:
+        guard_output()  # A job of a sweep may run in a process of its own.
         hydra_config = HydraConfig.get()
         swept = hydra_config.mode is RunMode.MULTIRUN
         if swept:
@@ -56,6 +60,8 @@ def main() -> int:
     clear_results(sweep)
     register_schemas()
     try:
+        if problems := folder_problems(line.overrides):
+            raise ConfigError(*problems)
         if line.wants_help:
             print_usage(CONF, line)
         else:
@@ -85,6 +91,13 @@ def main() -> int:
     return next((code for code in codes if code), 0)
 
 
+def folder_problems(overrides: list[str]) -> list[str]:
+    """What is wrong with overrides of Hydra's own folders, which would be made and stay empty."""
+    keys = [override.lstrip("+~").split("=")[0] for override in overrides]
+    wanted = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
+    return [f"{key}: a run is written to run_dir: give run_dir=… instead" for key in keys if key in wanted]
+
+
 def remove_empty(sweep: Path) -> None:
     """Remove a sweep's directory and those above it that hold nothing: a sweep that cannot be composed leaves none."""
     for folder in (sweep, sweep.parent, sweep.parent.parent):
@@ -97,6 +110,7 @@ def every_problem(line: CommandLine) -> str:
     """All that is wrong with a command line that cannot be composed, as one message ("" if that cannot be told)."""
     with composing(CONF):
         found = find_mistakes(line)
+        found.problems += folder_problems(line.overrides)
         try:
             composed = compose_given(line, found.accepted)
             check_composed(from_composed(composed), value_origins(CONF))
@@ -119,9 +133,12 @@ def reported(composed: Any, *, in_sweep: bool) -> Started:
         if not in_sweep and HydraConfig.get().runtime.choices.get("sweep"):
             raise ConfigError("sweep=… chooses many runs: add -m, as in  python launch.py -m sweep=NAME")
         return start(from_composed(composed), value_origins(CONF), in_sweep=in_sweep)
-    except BrokenPipeError:  # Whoever read the output, such as `head`, has seen enough.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return Started(code=141, message="nobody read the output", figures={})
+    except OSError as error:
+        problem = storage_problem(error)
+        if problem is None:
+            raise
+        message = f"{problem}, and give the same command again"
+        return Started(code=complain(message), message=message, figures={})
     except USER_ERRORS as error:
         message = without_secrets(explain(error))
         return Started(code=complain(message), message=message.split("\n")[0], figures={})

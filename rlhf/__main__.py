@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import re
@@ -30,18 +29,21 @@ def main() -> int:
     run_dir = path.resolve().parent
     adopt_rank(os.environ)
     rank = int(os.environ.get("RANK", "0"))
+    from rlhf.config.terminal import guard_output
+
     redirect_output(run_dir / "logs" / f"rank{rank}.log")
+    guard_output()
     try:
         run_stage(path, run_dir)
+        marker = run_dir / "done" / f"rank{rank}"
+        marker.parent.mkdir(exist_ok=True)
+        marker.touch()
     except (
         BaseException
     ) as error:  # Whatever it is, the launcher must learn of it; it is raised again by the exit code.
         record_error(run_dir / "errors" / f"rank{rank}.json", error)
         traceback.print_exc()
         return 2 if is_user_error(error) else 1
-    marker = run_dir / "done" / f"rank{rank}"
-    marker.parent.mkdir(exist_ok=True)
-    marker.touch()
     return 0
 
 
@@ -79,9 +81,13 @@ def run_stage(path: Path, run_dir: Path) -> None:
 
 
 def redirect_output(log: Path) -> None:
-    """Send all of this process's output, also that of libraries, to its log file."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    """Send all of this process's output, also that of libraries, to its log file; without one to the launcher's."""
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    except OSError as error:
+        print(f"{log} cannot be written: {error.strerror}", file=sys.stderr)
+        return
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
         os.dup2(descriptor, stream.fileno())
@@ -100,21 +106,35 @@ def silence_warnings() -> None:
 def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells a user what to do."""
     from rlhf.config.errors import ConfigError, DataError, StoppedError
+    from rlhf.config.storage import storage_problem
 
-    return isinstance(error, ConfigError | DataError | StoppedError)
+    return isinstance(error, ConfigError | DataError | StoppedError) or storage_problem(error) is not None
+
+
+def told(error: BaseException, run_dir: Path) -> str:
+    """An error's message; where a file could not be written it says what the run has written before."""
+    from rlhf.config.storage import storage_problem
+
+    problem = storage_problem(error)
+    if problem is None:
+        return str(error)
+    model = run_dir / "model"
+    exists = f"the trained model is in {model}" if (model / "config.json").is_file() else "no model has been written"
+    return f"{problem}, and give the same command again; {exists}"
 
 
 def record_error(path: Path, error: BaseException) -> None:
     """Write why this rank fails, for the launcher to show."""
     facts = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": told(error, path.parents[1]),
         "traceback": traceback.format_exc(),
         "user_error": is_user_error(error),
     }
+    from rlhf.config.writing import write_json
+
     with contextlib.suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        write_json(path, facts)
 
 
 if __name__ == "__main__":

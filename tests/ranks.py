@@ -19,6 +19,8 @@ from typing import Any
 
 import psutil
 
+from rlhf.launcher.command import NO_HOSTFILE
+
 ROOT = Path(__file__).resolve().parents[1]
 STARTED_WITHIN = 240.0  # Seconds, on a loaded machine: importing takes ten.
 ANSWERED_WITHIN = 240.0
@@ -36,7 +38,7 @@ def launcher(ranks: int) -> list[str]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks), "--no_local_rank"]
-    return [*runner, "--master_port", str(port)]
+    return [*runner, *NO_HOSTFILE, "--master_port", str(port)]
 
 
 def environment() -> dict[str, str]:

@@ -81,6 +81,7 @@ class Reuse(Enum):
 
     auto = "auto"
     off = "off"
+    finished = "finished"
 
 
 class Normalize(Enum):

@@ -372,7 +372,9 @@ class Config:
     )
     key: str | None = option(None, "mode=explain: the option to explain, as in  key=stage.kl_coef.")
     reuse: Reuse = option(
-        Reuse.auto, "auto: take over a stage that was trained before with the same inputs. off: train."
+        Reuse.auto,
+        "auto: take over a stage that was trained before with the same inputs. off: take over none of another run. "
+        "finished: as auto, and keep what this run has finished even if its data, weights or code have changed since.",
     )
     seed: int = option(1, "Seed of initialisation, shuffling and sampling.", minimum=0)
     run_dir: str | None = option(None, "Where the run is written; null: runs/<stage>-<model>-<data>-seed<seed>-<hash>.")

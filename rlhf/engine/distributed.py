@@ -14,6 +14,8 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from rlhf.engine.loopback import on_one_machine, stay_on_loopback
+
 _timeouts: dict[str, timedelta] = {}  # Of this process's collectives, for groups that are made later.
 
 
@@ -23,7 +25,7 @@ def initialize_distributed(*, timeout_minutes: float) -> torch.device:
     DeepSpeed's shared-memory all-reduce is switched off first: it would be compiled at start-up, leaks 66 MiB of
     /dev/shm per rank, and is only used by tensor-parallel inference. So is cuDNN's attention, which torch prefers on
     Hopper from 2.11 on: its gradients become NaN at some lengths of padded batches (pytorch/pytorch#196678), and it
-    takes half a second to plan for each new shape.
+    takes half a second to plan for each new shape. Where all ranks are on this machine nothing is heard outside it.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     accelerator = get_accelerator()
@@ -31,7 +33,8 @@ def initialize_distributed(*, timeout_minutes: float) -> torch.device:
         accelerator.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.backends.cuda.enable_cudnn_sdp(False)
     timeout = timedelta(minutes=timeout_minutes)
-    deepspeed.init_distributed(timeout=timeout, verbose=False)
+    init_method = stay_on_loopback() if on_one_machine() else None
+    deepspeed.init_distributed(timeout=timeout, verbose=False, init_method=init_method)
     _timeouts["collective"] = timeout
     return torch.device(accelerator.current_device_name())
 

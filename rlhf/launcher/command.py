@@ -9,14 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rlhf.config.schema import Accelerator, Config, LauncherKind
-from rlhf.launcher.hosts import hosts_of
+from rlhf.launcher.hosts import SHARED_PORT, hosts_of
 
 PROJECT = Path(__file__).resolve().parents[2]
 # A surrounding distributed job must not leak into this one.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
-# Several machines that start by themselves cannot ask one of them for a free port.
-SHARED_PORT = 29500
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"
+# Without this option DeepSpeed reads /job/hostfile, if that exists, and starts the ranks by ssh on its machines.
+NO_HOSTFILE = ("--hostfile", os.devnull)
 # DeepSpeed writes variables with this prefix into command lines on other machines, secrets too. Nothing here uses them.
 _EXPORTED = "MLFLOW"
 
@@ -77,7 +77,7 @@ def launch_command(config: Config, *, config_path: Path, gpus: Sequence[int], no
     target = ["--no_local_rank", "--master_port", str(port), *program, "--config", str(config_path)]
     if launcher.kind is LauncherKind.local:
         on_cpu = hardware.accelerator is Accelerator.cpu
-        argv = [*_launcher(), *_resources(ranks, on_cpu=on_cpu, gpus=gpus), *target]
+        argv = [*_launcher(), *NO_HOSTFILE, *_resources(ranks, on_cpu=on_cpu, gpus=gpus), *target]
         return LaunchCommand(argv=tuple(argv), variables=variables, port=port, local_ranks=range(ranks))
     folder = config_path.parent
     hosts = hosts_of(config) or {f"node{index}": list(range(ranks)) for index in range(hardware.nodes)}

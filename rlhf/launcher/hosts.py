@@ -1,7 +1,10 @@
 """The machines of a run: reading a hostfile, choosing from it, and what is wrong with the launcher's options."""
 
+import errno
+import ipaddress
 import re
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,6 +24,12 @@ _FIT = {
     LauncherKind.openmpi: r"[\w@%+=:,./-]*",
     LauncherKind.mpich: r"[\w@%+=:,./-]*",
 }
+# Several machines that start by themselves cannot ask one of them for a free port.
+SHARED_PORT = 29500
+# A name of RFC 1123, and with the underscore that containers' names have; never one that a program takes for an option.
+_HOST_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,61}\w)?(\.\w([\w-]{0,61}\w)?)*", re.ASCII)
+_IPV6_CHARACTERS = re.compile(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)  # Python would take anything for a zone.
+_TOLD = 5  # Lines of a hostfile.
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
 _SECRET_WORDS = {
     "KEY",
@@ -51,6 +60,34 @@ def without_secrets(text: str) -> str:
     )
 
 
+def shortened(text: str, length: int = 60) -> str:
+    """The text, cut where it would fill the screen."""
+    return text if len(text) <= length else f"{text[:length]}…"
+
+
+def host_problem(name: str) -> str | None:
+    """What is wrong with the name of a machine, which will stand in command lines of shells; None for a good one."""
+    short = repr(shortened(name))
+    if ":" in name:
+        good = _IPV6_CHARACTERS.fullmatch(name) and _is_address(name)
+        return None if good else f"{short} is neither a host name nor an address: a port is given as launcher.ssh_port"
+    if "@" in name:
+        return f"{short} is not a host name: say in ~/.ssh/config as which user ssh logs in"
+    if re.fullmatch(r"[0-9.]+", name):
+        return None if _is_address(name) else f"{short} is no IPv4 address"
+    if _HOST_NAME.fullmatch(name) is None:
+        return f"{short} is not a host name: one has letters, digits, '-' and '.', and begins with a letter or digit"
+    return None
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def parse_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
     """Read lines `NAME slots=N`; blank lines and comments do not count. Return the slots by name, and the problems."""
     hosts: dict[str, int] = {}
@@ -59,9 +96,11 @@ def parse_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
         content = line.split("#")[0].strip()
         if not content:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
+        match = re.fullmatch(r"(\S+)\s+slots=([0-9]{1,6})", content)
         if match is None:
-            problems.append(f"line {number}: {content!r} is not of the form  NAME slots=N")
+            problems.append(f"line {number}: {shortened(content)!r} is not of the form  NAME slots=N")
+        elif (wrong := host_problem(match[1])) is not None:
+            problems.append(f"line {number}: {wrong}")
         elif match[1] in hosts:
             problems.append(f"line {number}: {match[1]} is listed twice")
         else:
@@ -104,13 +143,17 @@ def launcher_problems(config: Config) -> Iterator[str]:
             )
         elif not name.isidentifier():
             yield f"launcher.environment.{name}: is not a name of an environment variable"
-        elif re.fullmatch(_FIT.get(launcher.kind, r"[^\n]*"), value) is None:
+        elif re.fullmatch(_FIT.get(launcher.kind, ".*"), value) is None or re.search(r"[\x00-\x1f\x7f]", value):
             yield f"launcher.environment.{name}={value}: launcher={launcher.kind.name} cannot pass on such characters"
     if launcher.options and without_secrets(launcher.options) != launcher.options:
         yield (
             f"launcher.options={without_secrets(launcher.options)}: what looks like a secret would appear in command "
             "lines and files: put it into the machines' own environment"
         )
+    if launcher.master_addr is not None and (wrong := host_problem(launcher.master_addr)) is not None:
+        yield f"launcher.master_addr: {wrong}"
+    if config.mode is Mode.run:
+        yield from _port_problems(launcher)
     if launcher.include and launcher.exclude:
         yield f"launcher.include={launcher.include}: give either include or exclude, not both"
     if launcher.kind is LauncherKind.local:
@@ -133,6 +176,23 @@ def launcher_problems(config: Config) -> Iterator[str]:
                 f"launcher.kind={launcher.kind.name}: the program {program} is not installed: "
                 f"install it (Debian: apt-get install {package}), or use launcher=no_ssh; mode=plan works here"
             )
+
+
+def _port_problems(launcher: LauncherConfig) -> Iterator[str]:
+    """Yield why this machine's rank 0 could not listen; where another machine has rank 0, nothing can be known."""
+    local = launcher.kind is LauncherKind.local
+    port = launcher.master_port or (None if local else SHARED_PORT)
+    if port is None or not (local or (launcher.kind is LauncherKind.no_ssh and launcher.node_rank == 0)):
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(("127.0.0.1" if local else "", port))
+            listener.listen()
+        except OSError as error:
+            why = "another program listens there" if error.errno == errno.EADDRINUSE else error.strerror
+            way_out = "leave it out, and a free port is taken" if local else "give all machines another one"
+            yield f"launcher.master_port={port}: {why}: {way_out}"
 
 
 def _no_ssh_problems(launcher: LauncherConfig, nodes: int, *, running: bool) -> Iterator[str]:
@@ -162,7 +222,8 @@ def _hostfile_problems(config: Config) -> Iterator[str]:
         yield f"{key}: cannot be read: {error.strerror}"
         return
     if problems:
-        yield f"{key}: {'; '.join(problems)}"
+        more = f"; and {len(problems) - _TOLD} more lines" if len(problems) > _TOLD else ""
+        yield f"{key}: {'; '.join(problems[:_TOLD])}{more}"
         return
     if not hosts:
         yield f"{key}: lists no machine: it needs a line  NAME slots={hardware.gpus_per_node}  for each"

@@ -1,17 +1,19 @@
 """Starts the stages of a run one after the other, each by its own launch of DeepSpeed."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
 from rlhf.config.files import write_config
-from rlhf.config.schema import Config
+from rlhf.config.schema import Config, Reuse
+from rlhf.config.storage import storage_problem
 from rlhf.launcher.command import launch_command
 from rlhf.launcher.ds_config import role_files
 from rlhf.launcher.process import Outcome, is_finished, supervise
 from rlhf.launcher.progress import ProgressFollower
-from rlhf.launcher.rundir import COMMAND, CONFIG, move_aside, write_files
+from rlhf.launcher.rundir import COMMAND, CONFIG, INPUTS, move_aside, write_files
 from rlhf.launcher.store import StageStore
 
 
@@ -38,32 +40,69 @@ class StageRun:
         return is_finished(self.directory, self.ranks)
 
 
+InputsOf = Callable[[Config], Mapping[str, str]]
+"""What a stage is made of, as a digest for each kind of it: options, data, weights, ranks, code."""
+
+
 def run_stages(
-    runs: Sequence[StageRun], *, run_dir: Path, gpus: Sequence[int], stream: TextIO, store: StageStore | None = None
+    runs: Sequence[StageRun],
+    *,
+    gpus: Sequence[int],
+    stream: TextIO,
+    inputs_of: InputsOf,
+    store: StageStore | None = None,
 ) -> Outcome:
     """Run the stages in order and stop at the first that fails.
 
-    Stages that have finished before are kept, and those that another run has trained with the same inputs are taken
-    from the store, if one is given.
+    Stages that have finished before are kept if they are made of what they would be made of now, and those that another
+    run has trained with the same inputs are taken from the store, if one is given.
     """
     for run in runs:
-        if run.is_finished:
-            print(f"{run.name}: finished before, kept: {run.directory}", file=stream, flush=True)
+        if run.is_finished and _kept(run, inputs_of, stream):
             continue
         # Of several machines that start by themselves, the first one clears up.
-        aside = None if run.config.launcher.node_rank else move_aside(run.directory)
-        if aside is not None:
-            print(f"{run.name}: starts anew; what was half-written is now {aside}", file=stream, flush=True)
-        outcome = _train_or_take(run, store, gpus=gpus, stream=stream)
+        if not run.config.launcher.node_rank:
+            name = "earlier" if run.is_finished else "failed"
+            aside = move_aside(run.directory, name=name)
+            if aside is not None:
+                print(f"{run.name}: starts anew; what was there is now {aside}", file=stream, flush=True)
+        outcome = _train_or_take(run, inputs_of, store, gpus=gpus, stream=stream)
         if outcome.code:
             return Outcome(outcome.code, f"stage {run.name}: {outcome.message}")
     return Outcome(0)
 
 
-def _train_or_take(run: StageRun, store: StageStore | None, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
+def changed_inputs(run: StageRun, inputs_of: InputsOf) -> list[str]:
+    """What a finished stage was made of and what is no longer the same: its data, weights, code, …, by name."""
+    try:
+        made_of = json.loads((run.directory / INPUTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        made_of = None
+    if not isinstance(made_of, dict):
+        return ["inputs, of which there is no record,"]
+    return [name for name, digest in inputs_of(run.config).items() if made_of.get(name) != digest]
+
+
+def _kept(run: StageRun, inputs_of: InputsOf, stream: TextIO) -> bool:
+    """Say whether a finished stage is kept, and why."""
+    changed = " and ".join(changed_inputs(run, inputs_of))
+    if not changed:
+        told = f"finished before with the same data, weights and code, kept: {run.directory}"
+    elif run.config.reuse is Reuse.finished:
+        told = f"kept, although its {changed} changed since it finished (reuse=finished): {run.directory}"
+    else:
+        told = f"trained again: its {changed} changed since it finished (reuse=finished keeps it)"
+    print(f"{run.name}: {told}", file=stream, flush=True)
+    return not changed or run.config.reuse is Reuse.finished
+
+
+def _train_or_take(
+    run: StageRun, inputs_of: InputsOf, store: StageStore | None, *, gpus: Sequence[int], stream: TextIO
+) -> Outcome:
     key = store.key_of(run.config) if store is not None else None
+    inputs = json.dumps(inputs_of(run.config), indent=1)
     if store is None or key is None:
-        return start_stage(run, gpus=gpus, stream=stream)
+        return start_stage(run, inputs, gpus=gpus, stream=stream)
     with store.reserved(key, name=run.name):
         entry = store.find(key)
         if entry is not None:
@@ -71,20 +110,26 @@ def _train_or_take(run: StageRun, store: StageStore | None, *, gpus: Sequence[in
             write_config(run.config, run.directory / CONFIG)
             print(f"{run.name}: reused, trained with the same inputs by {trained_by}", file=stream, flush=True)
             return Outcome(0)
-        outcome = start_stage(run, gpus=gpus, stream=stream)
+        outcome = start_stage(run, inputs, gpus=gpus, stream=stream)
         if not outcome.code:
-            store.keep(key, run.directory)
+            try:
+                store.keep(key, run.directory)
+            except OSError as error:  # What it would have saved is another run's time.
+                why = storage_problem(error) or str(error)
+                print(f"{run.name}: trained, but not kept for other runs: {why}", file=stream, flush=True)
         return outcome
 
 
-def start_stage(run: StageRun, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
-    """Write a stage's configuration and command, launch it and show its progress until it ends."""
+def start_stage(run: StageRun, inputs: str, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
+    """Write a stage's configuration, inputs and command, launch it and show its progress until it ends."""
     path = run.directory / CONFIG
     node_rank = run.config.launcher.node_rank or 0
     command = launch_command(run.config, config_path=path, gpus=gpus, node_rank=node_rank)
     write_config(run.config, path)
     files = {file.name: text for file, text in command.files.items()}
     files[f"command-{node_rank}.txt" if node_rank else COMMAND] = f"{command.shell()}\n"
+    if not node_rank:
+        files[INPUTS] = f"{inputs}\n"
     write_files(run.directory, files)
     write_files(run.directory / "deepspeed", role_files(run.config))
     hardware = run.config.hardware

@@ -1,5 +1,6 @@
 """Runs the DeepSpeed launcher and tells honestly how it went: the bare launcher leaves orphans and hides failures."""
 
+import contextlib
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rlhf.config.storage import probe
 from rlhf.launcher.command import PROJECT, LaunchCommand
 from rlhf.launcher.processes import RUN_MARK, Death, RunProcesses, remove_shared_memory
 from rlhf.launcher.watchdog import STOP, watchdog_variables
@@ -95,6 +97,8 @@ def supervise(command: LaunchCommand, *, run_dir: Path, ranks: int, on_poll: Cal
             told = _end(command, launcher, processes, run_dir, ranks, grace=0.0 if len(received) > 1 else 3.0)
             on_poll()
             remove_shared_memory(port=command.port, pids=processes.pids)
+        if not run_dir.is_dir():
+            return Outcome(1, f"{run_dir} was removed while its stage was training: all ranks have ended")
         if received:
             name = signal.Signals(received[0]).name
             return Outcome(128 + received[0], f"interrupted by {name}: all ranks have ended; logs: {run_dir / 'logs'}")
@@ -125,7 +129,8 @@ def _end(
     stop = run_dir / STOP
     told, failed = stop.exists(), not is_finished(run_dir, ranks)
     if failed:
-        stop.touch()
+        with contextlib.suppress(OSError):  # A full disk. Where the directory is gone, ranks elsewhere end by that.
+            stop.touch()
     if command.by_ssh:
         # Asked politely, it would end every DeepSpeed job of this user on all the machines.
         launcher.kill()
@@ -173,6 +178,8 @@ def _watch(
             processes.send(received[0])
             deadline = min(deadline, now + SIGNAL_GRACE)
         deaths = _own_deaths(run_dir, processes, deaths)
+        if not run_dir.is_dir():
+            break  # Nothing of what is trained from here on could be written.
         told = (run_dir / STOP).exists()
         if deaths or told or _lost_machines(command, run_dir) or _first_error(run_dir, since=since) is not None:
             deadline = min(deadline, now + FAILURE_GRACE)
@@ -193,7 +200,10 @@ def _lost_machines(command: LaunchCommand, run_dir: Path) -> list[tuple[str, int
     """The machines whose ranks ended badly and the exit codes there, as pdsh reports them; it waits for the others."""
     if not command.by_ssh:
         return []
-    log = (run_dir / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    try:
+        log = (run_dir / "logs" / "launcher.log").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return []
     reports = re.findall(r"^pdsh@\S+: (\S+): ssh exited with exit code (\d+)$", log, flags=re.MULTILINE)
     return [(machine, int(code)) for machine, code in reports]
 
@@ -222,6 +232,9 @@ def _failure(
     if error is not None and error["user_error"]:
         return Outcome(2, str(error["message"]))
     logs = f"logs: {run_dir / 'logs'}"
+    if error is None and (why := probe(run_dir)) is not None:
+        # Then neither errors nor logs could be written.
+        return Outcome(2, f"{why}, and give the same command again")
     signals = [(f"rank {dead.rank}", f"rank{dead.rank}", dead.signal) for dead in deaths if dead.signal not in _POLITE]
     signals += [(f"a rank on {machine}", "launcher", _signal_of(code)) for machine, code in lost]
     if error is None or any(dead.signal is None and dead.code is None for dead in deaths):

@@ -3,8 +3,11 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
+
+from rlhf.config.terminal import shown, steer
 
 _PLAIN_INTERVAL = 10.0
 
@@ -33,7 +36,7 @@ class ProgressFollower:
             return
         complete = content[: content.rfind(b"\n") + 1]
         self._offset += len(complete)
-        entries = [json.loads(line) for line in complete.decode("utf-8", errors="replace").splitlines() if line]
+        entries = [*_entries(complete.decode("utf-8", errors="replace"))]
         for number, entry in enumerate(entries):
             if not entry["transient"]:
                 self._permanent(entry["text"])
@@ -45,19 +48,30 @@ class ProgressFollower:
         """Show the rest and leave the cursor at the start of a line."""
         self.poll()
         if self._transient_shown:
-            self._stream.write("\n")
+            steer(self._stream, "\n")
             self._transient_shown = False
         self._stream.flush()
 
     def _permanent(self, text: str) -> None:
-        self._stream.write(f"\r\x1b[2K{text}\n" if self._transient_shown else f"{text}\n")
+        steer(self._stream, f"\r\x1b[2K{shown(text)}\n" if self._transient_shown else f"{shown(text)}\n")
         self._transient_shown = False
 
     def _transient(self, text: str) -> None:
         if self._is_terminal:
             width = shutil.get_terminal_size().columns
-            self._stream.write(f"\r\x1b[2K{text[: width - 1]}")
+            steer(self._stream, f"\r\x1b[2K{shown(text)[: width - 1]}")
             self._transient_shown = True
         elif time.monotonic() - self._last_plain >= _PLAIN_INTERVAL:
             self._last_plain = time.monotonic()
-            self._stream.write(f"{text}\n")
+            steer(self._stream, f"{shown(text)}\n")
+
+
+def _entries(text: str) -> Iterator[dict[str, Any]]:
+    """The entries of complete lines. A line that a full disk has cut short is left out."""
+    for line in text.split("\n"):
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+            yield {"text": entry["text"], "transient": bool(entry.get("transient"))}

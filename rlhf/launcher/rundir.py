@@ -3,8 +3,7 @@
 import fcntl
 import hashlib
 import json
-import os
-import platform
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,8 +13,10 @@ from typing import Any
 from rlhf.config.errors import ConfigError
 from rlhf.config.files import read_yaml, to_plain
 from rlhf.config.schema import Config
+from rlhf.config.terminal import shown
+from rlhf.config.writing import write_text
 
-CONFIG, COMMAND = "config.yaml", "command.txt"
+CONFIG, COMMAND, INPUTS = "config.yaml", "command.txt", "inputs.json"
 _LOCK = ".lock"
 # What does not change what is trained.
 _IGNORED = ("run_dir", "cache_dir", "mode", "key", "reuse")
@@ -43,17 +44,26 @@ def with_run_dir(config: Config) -> Config:
         return config
     content = json.dumps(_identity(to_plain(config)), sort_keys=True)
     digest = hashlib.blake2b(content.encode(), digest_size=4).hexdigest()
-    name = f"{config.stage.name}-{config.model.name}-{config.data.name}-seed{config.seed}-{digest}"
+    model, data = (_name_part(name) for name in (config.model.name, config.data.name))
+    name = f"{config.stage.name}-{model}-{data}-seed{config.seed}-{digest}"
     return replace(config, run_dir=str(Path("runs", name).absolute()))
+
+
+def _name_part(name: str | None) -> str:
+    """A name as part of a file's name: without what paths, shells and terminals read otherwise, and not too long."""
+    return re.sub(r"[^\w.+-]+", "_", str(name)).encode()[:60].decode(errors="ignore")
 
 
 def check_free(run_dir: Path) -> None:
     """Raise ConfigError if a path is a file, or a directory with something in it that is no run's."""
+    if re.search(r"[\t\n]", str(run_dir)) or shown(str(run_dir)) != str(run_dir):
+        # The launcher's log shows it as it is, and so do shells.
+        raise ConfigError(f"run_dir={str(run_dir)!r} holds characters that cannot be shown: give another run_dir=")
     if run_dir.exists() and not run_dir.is_dir():
         raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
     if not run_dir.exists() or (run_dir / CONFIG).is_file():
         return
-    own = (PLAN, DATA, _LOCK, f".{CONFIG}.")
+    own = (PLAN, DATA, _LOCK, f".{CONFIG}.", f".{DATA}.")
     foreign = [entry.name for entry in run_dir.iterdir() if not entry.name.startswith(own)]
     if foreign and not (run_dir / CONFIG).is_file():
         raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
@@ -109,24 +119,26 @@ def claimed(run_dir: Path, *, name: str = _LOCK) -> Iterator[None]:
         yield
 
 
-def move_aside(directory: Path) -> Path | None:
-    """Move what a stage that did not finish left in its directory to failed-<n> within it; None if there is nothing."""
+def move_aside(directory: Path, *, name: str = "failed") -> Path | None:
+    """Move what an attempt at a stage left in its directory to <name>-<n> within it; None if there is nothing."""
     if not (directory / COMMAND).is_file():
         return None
     number = 1
-    while (target := directory / f"failed-{number}").exists():
+    while (target := directory / f"{name}-{number}").exists():
         number += 1
     target.mkdir()
     for entry in list(directory.iterdir()):
-        if entry.name not in (PLAN, DATA) and not entry.name.startswith((_LOCK, "failed-")):
+        if entry.name not in (PLAN, DATA) and not entry.name.startswith((_LOCK, "failed-", "earlier-")):
             entry.rename(target / entry.name)
     return target
 
 
+def folder_beside(run_dir: Path, name: str) -> Path:
+    """Where mode=plan or mode=data writes: into the run's directory, or beside it where that holds a run already."""
+    return run_dir.with_name(f"{run_dir.name}-{name}") if (run_dir / CONFIG).is_file() else run_dir / name
+
+
 def write_files(directory: Path, files: Mapping[str, str]) -> None:
     """Write texts by name into a directory, which is created. Files that are there are replaced, not overwritten."""
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = directory / f".{name}.{platform.node()}-{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / name)
+        write_text(directory / name, text)

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf.config.schema import Config
+from rlhf.config.writing import whole_directory, write_json
 
 FOLDER = ".stages"
 MANIFEST = "manifest.json"
 REUSED = "reused.json"
 # What is drawn or written anew, or says nothing about what was trained.
 _LEFT_OUT = ("plots", "wandb", "plan", "data", "report.md", "report.html", "stop", REUSED, MANIFEST)
-_LEFT_OUT_BEGINNINGS = (".lock", "failed-")
+_LEFT_OUT_BEGINNINGS = (".lock", "failed-", "earlier-", ".probe-")
 
 
 def file_digest(path: Path) -> str:
@@ -88,22 +89,19 @@ class StageStore:
     def take(self, entry: Path, directory: Path) -> str:
         """Put an entry's files into a stage's directory and return the run directory that trained it."""
         manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
-        for name in manifest["files"]:
+        # The marks that the stage has finished come last: whoever is interrupted before leaves none.
+        for name in sorted(manifest["files"], key=lambda name: name.startswith("done/")):
             _link(entry / name, directory / name)
-        (directory / REUSED).write_text(json.dumps({"key": entry.name, "from": manifest["from"]}), encoding="utf-8")
+        write_json(directory / REUSED, {"key": entry.name, "from": manifest["from"]})
         return str(manifest["from"])
 
     def keep(self, key: str, directory: Path) -> None:
         """Make a finished stage's directory the entry of a key."""
-        partial = self._folder / f"{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         files = tree_digests(directory)
-        for name in files:
-            _link(directory / name, partial / name)
-        manifest = {"from": str(directory), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        shutil.rmtree(self._folder / key, ignore_errors=True)
-        os.replace(partial, self._folder / key)
+        with whole_directory(self._folder / key) as partial:
+            for name in files:
+                _link(directory / name, partial / name)
+            write_json(partial / MANIFEST, {"from": str(directory), "files": files})
 
 
 def _link(source: Path, target: Path) -> None:

@@ -33,7 +33,8 @@ def start_watchdog(run_dir: Path, environment: Mapping[str, str] = os.environ) -
     """Watch launch.py from a daemon thread of a rank; when it is gone, SIGKILL the rank's whole process group.
 
     The group is the DeepSpeed launcher with all ranks of a machine. A rank that launch.py did not start itself, or a
-    machine without /proc, has no process to watch, but every rank ends when the file `stop` appears in `run_dir`.
+    machine without /proc, has no process to watch, but every rank ends when the file `stop` appears in `run_dir`, or
+    when that directory is removed.
     """
     pid, started = environment.get(LAUNCHER_PID), environment.get(LAUNCHER_START)
     watched = (int(pid), started) if pid and started else None
@@ -43,6 +44,16 @@ def start_watchdog(run_dir: Path, environment: Mapping[str, str] = os.environ) -
 
 
 def _watch(stop: Path, watched: tuple[int, str] | None) -> None:
-    while not stop.exists() and (watched is None or start_time(watched[0]) == watched[1]):
+    while not _told(stop) and (watched is None or start_time(watched[0]) == watched[1]):
         time.sleep(_INTERVAL)
     os.killpg(os.getpgid(0), signal.SIGKILL)
+
+
+def _told(stop: Path) -> bool:
+    try:
+        stop.parent.stat()
+        return stop.exists()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False  # A network file system that does not answer just now says nothing.

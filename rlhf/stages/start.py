@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from statistics import median
@@ -15,13 +15,26 @@ from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
+from rlhf.config.storage import storage_problem
+from rlhf.config.terminal import shown, steer
 from rlhf.config.validate import find_problems, raise_problems
 from rlhf.data.problems import source_problems
 from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
 from rlhf.launcher.hosts import launcher_problems
-from rlhf.launcher.pipeline import StageRun, run_stages
+from rlhf.launcher.pipeline import StageRun, changed_inputs, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
-from rlhf.launcher.rundir import CONFIG, DATA, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
+from rlhf.launcher.process import Outcome
+from rlhf.launcher.rundir import (
+    CONFIG,
+    DATA,
+    PLAN,
+    check_free,
+    check_run_dir,
+    claimed,
+    folder_beside,
+    with_run_dir,
+    write_files,
+)
 from rlhf.launcher.store import FOLDER, StageStore
 from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
@@ -168,9 +181,9 @@ def plan(
     changed = settings(composed, defaults_of(composed), origins)
     gpus = [gpu.index for gpu in machine.gpus]
     text = plan_text(config, runs, run_dir=run_dir, gpus=gpus, changed=changed)
-    folder = run_dir / PLAN
+    folder = folder_beside(run_dir, PLAN)
     try:
-        write_files(folder, plan_files(config, runs, text))
+        write_files(folder, plan_files(config, runs, shown(text)))
     except OSError as error:
         raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
     if not quiet:
@@ -183,7 +196,8 @@ def show_data(config: Config, run_dir: Path) -> Started:
     check_free(run_dir)
     from rlhf.stages.doctor import examine
 
-    print(examine(config, run_dir / DATA, colored=sys.stdout.isatty()))
+    folder = folder_beside(run_dir, DATA)
+    steer(sys.stdout, examine(config, folder, colored=sys.stdout.isatty()) + "\n")
     return Started(code=0, run_dir=str(run_dir), figures={})
 
 
@@ -203,25 +217,31 @@ def plan_figures(config: Config, runs: list[StageRun]) -> dict[str, Any]:
 def run(config: Config, runs: list[StageRun], machine: Machine, *, in_sweep: bool) -> Started:
     """Prepare the data, start the stages, and write the report."""
     run_dir = Path(config.run_dir or "")
-    if in_sweep and finished(runs, run_dir, config):
+    was_finished = finished(runs, run_dir, config)
+    changed = changed_since(runs) if was_finished else []
+    if in_sweep and was_finished and (not changed or config.reuse is Reuse.finished):
         print(f"finished before, kept: {run_dir}", flush=True)
         return Started(code=0, run_dir=str(run_dir), objective=objective(runs), figures={})
-    goes_on(config, runs, run_dir)
+    # A sweep brings its runs up to date; what somebody gave as a run of its own is not written over.
+    anew = in_sweep and bool(changed)
+    goes_on(config, runs, run_dir, anew=anew, changed=changed)
+    from rlhf.stages.inputs import stage_inputs
     from rlhf.stages.preflight import preflight
 
     for note in preflight(config).notes:
         print(note, flush=True)
     with claimed(run_dir, name=_lock_name(config)):
-        if goes_on(config, runs, run_dir):
+        if goes_on(config, runs, run_dir, anew=anew, changed=changed):
             print(f"going on with {run_dir}", flush=True)
         (run_dir / "report.html").unlink(missing_ok=True)
         write_config(config, run_dir / CONFIG)
         gpus = [gpu.index for gpu in machine.gpus]
-        outcome = run_stages(runs, run_dir=run_dir, gpus=gpus, stream=sys.stdout, store=_store(config, run_dir))
+        store = _store(config, run_dir)
+        outcome = run_stages(runs, gpus=gpus, stream=sys.stdout, inputs_of=stage_inputs, store=store)
         if outcome.code:
             print(f"launch.py: {outcome.message}", file=sys.stderr, flush=True)
         if not (config.launcher.node_rank or 0):
-            conclude(runs, run_dir, finished=not outcome.code)
+            outcome = conclude(runs, run_dir, outcome)
     result = objective(runs) if not outcome.code else None
     message = outcome.message.split("\n")[0]
     return Started(code=outcome.code, run_dir=str(run_dir), objective=result, message=message, figures={})
@@ -256,9 +276,26 @@ def _complete(runs: list[StageRun], run_dir: Path) -> bool:
     return all(run.is_finished for run in runs) and (run_dir / "report.html").is_file()
 
 
-def goes_on(config: Config, runs: list[StageRun], run_dir: Path) -> bool:
-    """Whether an unfinished run in the directory goes on; raises ConfigError if the directory cannot be used."""
-    return check_run_dir(run_dir, config, finished=_complete(runs, run_dir))
+def changed_since(runs: list[StageRun]) -> list[str]:
+    """What the stages of a finished run were made of and is no longer the same, by name."""
+    from rlhf.stages.inputs import stage_inputs
+
+    return list(dict.fromkeys(name for run in runs for name in changed_inputs(run, stage_inputs)))
+
+
+def goes_on(
+    config: Config, runs: list[StageRun], run_dir: Path, *, anew: bool = False, changed: Sequence[str] = ()
+) -> bool:
+    """Whether an unfinished run in the directory goes on; raises ConfigError if the directory cannot be used.
+
+    A finished one goes on `anew` if that is asked; else what has `changed` since is told.
+    """
+    try:
+        return check_run_dir(run_dir, config, finished=_complete(runs, run_dir) and not anew)
+    except ConfigError as error:
+        if not changed:
+            raise
+        raise ConfigError(f"{error}. Its {' and '.join(changed)} changed since it finished") from error
 
 
 def objective(runs: list[StageRun]) -> float | None:
@@ -272,17 +309,34 @@ def objective(runs: list[StageRun]) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
-    """Write the report, also of a run that failed, and say where everything is."""
-    from rlhf.tracking.report import write_report
-
-    _, report = write_report(run_dir)
-    print(f"report: {report}")
-    if not finished:
-        return
+def conclude(runs: list[StageRun], run_dir: Path, outcome: Outcome) -> Outcome:
+    """Write the report, also of a run that failed, say where everything is, and return how the whole went."""
+    if not run_dir.is_dir():
+        return outcome  # Removed while it was written to: there is nothing to report.
+    written = report_outcome(run_dir)
+    if written.code:
+        print(f"launch.py: {written.message}", file=sys.stderr, flush=True)
+    if outcome.code:
+        return outcome
     model = runs[-1].directory / "model"
     if not model.is_dir():
-        return
+        return written
     print(f"model:  {model}")
     if runs[-1].name != "rm":
         print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
+    return written
+
+
+def report_outcome(run_dir: Path) -> Outcome:
+    """Write the report and say where it is. Whatever keeps it from being written, what was trained is there."""
+    from rlhf.tracking.report import write_report
+
+    try:
+        _, report = write_report(run_dir)
+    except Exception as error:  # Also matplotlib's: a picture is not worth a traceback after days of training.
+        why = storage_problem(error) or f"{type(error).__name__}: {error}"
+        return Outcome(
+            1, f"the report could not be written: {why}; the same command writes it; the stages are in {run_dir}"
+        )
+    print(f"report: {report}")
+    return Outcome(0)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from rlhf.config.terminal import shown
 from rlhf.tracking.report import template_environment
 
 _LOSS, _PLAIN, _RESET = "\033[30;42m", "\033[2m", "\033[0m"
@@ -27,30 +28,35 @@ class DataReport:
 
 
 def as_text(report: DataReport, *, colored: bool) -> str:
-    """The report for a terminal; without colours what the loss is on stands in «»."""
-    lines = [f"# Data mix {report.name} ({report.fingerprint})", "", *_table(report.sources), "", *_table(report.parts)]
-    lines += ["", *(f"- {finding}" for finding in report.findings)] if report.findings else []
+    """The report for a terminal, escaped; without colours what the loss is on stands in «»."""
+    lines = [
+        f"# Data mix {shown(report.name)} ({report.fingerprint})",
+        "",
+        *_table(report.sources),
+        "",
+        *_table(report.parts),
+    ]
+    lines += ["", *(f"- {shown(finding)}" for finding in report.findings)] if report.findings else []
     mark = f"{_LOSS}on green{_RESET}" if colored else "in «»"
     lines += ["", f"# Examples: what the loss is on stands {mark}"]
     for example in report.examples:
-        lines.append(f"\n[{example.part}, {example.source}, {example.where}: {example.title}]")
+        lines.append(shown(f"\n[{example.part}, {example.source}, {example.where}: {example.title}]"))
         lines.append("".join(_piece(text, is_target, colored) for text, is_target in example.pieces))
-    lines.append(f"\nEvery dropped or truncated row: {report.problems_file}")
+    lines.append(f"\nEvery dropped or truncated row: {shown(report.problems_file)}")
     return "\n".join(lines)
 
 
 def _piece(text: str, is_target: bool, colored: bool) -> str:
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
     if colored:
-        return f"{_LOSS if is_target else _PLAIN}{shown}{_RESET}"
-    return f"«{shown}»" if is_target else shown
+        return f"{_LOSS if is_target else _PLAIN}{shown(text)}{_RESET}"
+    return f"«{shown(text)}»" if is_target else shown(text)
 
 
 def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    widths = [max(len(shown(row[column])) for row in rows) for column in range(len(rows[0]))]
     for row in rows:
         cells = (
-            cell.ljust(width) if column < 2 else cell.rjust(width)
+            shown(cell).ljust(width) if column < 2 else shown(cell).rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         yield "  ".join(cells).rstrip()

@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.storage import storage_problem
 from rlhf.tracking.records import METRICS, SAMPLES, SUMMARY, Sample, append_row, finite, finite_only, say, write_json
 from rlhf.tracking.trackers import Tracker
 
@@ -37,6 +38,8 @@ class Recorder:
         self._active_phases: list[str] = []
         self._phase_mark = 0.0
         self._warned: set[str] = set()
+        self._waiting: list[tuple[str, Mapping[str, Any]]] = []
+        self._waiting_told = False
         self._first_progress: tuple[int, float] | None = None
         self._last_progress = 0.0
         if is_main:
@@ -53,7 +56,7 @@ class Recorder:
         for name in sorted(name for name, value in clean.items() if value is None and name not in self._warned):
             self._warned.add(name)
             self.line(f"warning: {self.stage} step {step}: {name} is {values[name]}, recorded as null")
-        append_row(self.run_dir / METRICS, {"stage": self.stage, "step": step, "time": time.time(), **clean})
+        self._append(METRICS, {"stage": self.stage, "step": step, "time": time.time(), **clean})
         for tracker in self._trackers:
             tracker.metrics(step, {name: value for name, value in clean.items() if value is not None})
 
@@ -70,9 +73,28 @@ class Recorder:
                 "recorded as null"
             )
         for row in clean:
-            append_row(self.run_dir / SAMPLES, {"stage": self.stage, "step": step, **row})
+            self._append(SAMPLES, {"stage": self.stage, "step": step, **row})
         for tracker in self._trackers:
             tracker.samples(step, clean)
+
+    def _append(self, name: str, row: Mapping[str, Any]) -> None:
+        """Append a row to a file of the run. While that fails training goes on, and the rows wait for the next try."""
+        self._waiting.append((name, row))
+        try:
+            self._write_waiting()
+        except OSError as error:
+            if self._waiting_told:
+                return
+            self._waiting_told = True
+            reason = storage_problem(error) or str(error)
+            self.line(f"warning: {self.stage}: {name} waits: {reason}; training goes on")
+
+    def _write_waiting(self) -> None:
+        while self._waiting:
+            name, row = self._waiting[0]
+            append_row(self.run_dir / name, row)
+            self._waiting.pop(0)
+        self._waiting_told = False
 
     def progress(self, step: int, values: Mapping[str, float], *, tokens_per_second: float | None = None) -> None:
         """Show the state of the run in one line: step, the given values, tokens/s and the time left.
@@ -128,9 +150,11 @@ class Recorder:
         """Write summary.json: the evaluations before and after, the data's fingerprint and counts, the time taken.
 
         `facts` are added as they are (ranks, device, precision, …); versions and the git commit come of themselves.
+        Raises OSError if that, or what waits to be written, cannot be written now.
         """
         if not self._is_main:
             return
+        self._write_waiting()
         summary = {
             "stage": self.stage,
             "started": datetime.fromtimestamp(self._started, UTC).isoformat(timespec="seconds"),

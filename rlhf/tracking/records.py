@@ -1,11 +1,16 @@
 """The files of a run directory: their names, how they are appended to and how they are read back. No torch."""
 
+import contextlib
+import errno
 import json
 import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from rlhf.config.terminal import shown_json
+from rlhf.config.writing import write_json as write_json
 
 METRICS = "metrics.jsonl"
 SAMPLES = "samples.jsonl"
@@ -35,15 +40,23 @@ def finite_only(value: Any) -> Any:
 
 
 def append_row(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON object as a line that a concurrent reader sees whole or not at all."""
-    line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
+    """Append one JSON object as a line that a concurrent reader sees whole or not at all. Raises OSError."""
+    line = shown_json(json.dumps(row, ensure_ascii=False, allow_nan=False)) + "\n"
+    content = line.encode()
     with path.open("ab", buffering=0) as file:
-        file.write(line.encode())
+        length = file.seek(0, os.SEEK_END)
+        if file.write(content) != len(content):  # What a disk does that becomes full within the line.
+            file.truncate(length)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def say(run_dir: Path, text: str, *, transient: bool = False) -> None:
-    """Show a line on the terminal of whoever follows the run; a transient one is overwritten by the next."""
-    append_row(run_dir / PROGRESS, {"text": text, "transient": transient})
+    """Show a line on the terminal of whoever follows the run; a transient one is overwritten by the next.
+
+    What cannot be written is left out: telling how a run goes does not end it.
+    """
+    with contextlib.suppress(OSError):
+        append_row(run_dir / PROGRESS, {"text": text, "transient": transient})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -51,7 +64,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
@@ -59,13 +72,6 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         if isinstance(row, dict):
             rows.append(row)
     return rows
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON object, in one step: a reader finds the old file or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any]:

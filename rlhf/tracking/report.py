@@ -5,9 +5,13 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jinja2
+from markupsafe import Markup
 
+from rlhf.config.terminal import shown
+from rlhf.config.writing import write_text
 from rlhf.tracking.collect import (
     TITLES,
     Setting,
@@ -23,8 +27,6 @@ from rlhf.tracking.plots import plot_pipeline, plot_stage
 from rlhf.tracking.recorder import format_seconds
 from rlhf.tracking.records import COMMAND, CONFIG, METRICS, SAMPLES, STAGES
 
-# Control characters, and those that turn the direction of the text around them.
-_UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 _MARKDOWN = re.compile(r"([\\`*_{}\[\]#|~$])")
 
 
@@ -65,7 +67,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     report = _collect(run_dir, pipeline=pipeline)
     paths = run_dir / "report.md", run_dir / "report.html"
     for path, template, escape in zip(paths, ("report.md.j2", "report.html.j2"), (False, True), strict=True):
-        _write(path, template_environment(run_dir, escape=escape).get_template(template).render(report=report))
+        write_text(path, template_environment(run_dir, escape=escape).get_template(template).render(report=report))
     return paths
 
 
@@ -78,7 +80,8 @@ def merge_records(run_dir: Path) -> None:
         parts = [run_dir / name / file_name for name in STAGES]
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in parts if path.exists()]
         if texts:
-            _write(run_dir / file_name, "".join(text if text.endswith("\n") else f"{text}\n" for text in texts if text))
+            lines = (text if text.endswith("\n") else f"{text}\n" for text in texts if text)
+            write_text(run_dir / file_name, "".join(lines))
 
 
 def _collect(run_dir: Path, *, pipeline: bool) -> Report:
@@ -142,23 +145,23 @@ def template_environment(run_dir: Path, *, escape: bool) -> jinja2.Environment:
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        finalize=_shown_value,
     )
     environment.filters["image"] = lambda path: base64.b64encode(path.read_bytes()).decode()
     environment.filters["relative"] = lambda path: os.path.relpath(path, run_dir).replace(os.sep, "/")
     environment.filters["cell"] = markdown_cell
     environment.filters["code"] = markdown_code
-    environment.filters["printable"] = printable
     return environment
 
 
-def printable(text: str) -> str:
-    """The text with characters replaced that have no shape or would turn the text around them."""
-    return _UNPRINTABLE.sub("�", text.replace("\r\n", "\n"))
+def _shown_value(value: Any) -> Any:
+    """Every value that a template shows is escaped; what a macro has rendered is made of such values."""
+    return shown(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def markdown_cell(text: str) -> str:
     """The text as one cell of a Markdown table: nothing in it is markup, a link or the end of the cell."""
-    text = printable(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    text = shown(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     text = _MARKDOWN.sub(r"\\\1", text).replace("://", "&#58;//").replace("www.", "www&#46;").replace("@", "&#64;")
     return text.strip().replace("\n", "<br>").replace("\t", " ")
 
@@ -166,10 +169,4 @@ def markdown_cell(text: str) -> str:
 def markdown_code(text: str) -> str:
     """The text as a fenced code block that nothing inside it can close."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
-    return f"{fence}\n{printable(text).rstrip()}\n{fence}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    return f"{fence}\n{shown(text).rstrip()}\n{fence}"

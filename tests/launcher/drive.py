@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from rlhf.launcher.command import PROJECT, LaunchCommand, free_port
+from rlhf.launcher.command import NO_HOSTFILE, PROJECT, LaunchCommand, free_port
 from rlhf.launcher.process import Outcome, supervise
 
 RANK = Path(__file__).with_name("rank.py")
@@ -13,7 +13,7 @@ def command(run_dir: Path, behaviour: str) -> LaunchCommand:
     """The launcher's command for two ranks with a behaviour."""
     port = free_port()
     launcher = Path(sys.executable).with_name("deepspeed")
-    options = ["--num_accelerators", "2", "--no_local_rank", "--master_port", str(port)]
+    options = [*NO_HOSTFILE, "--num_accelerators", "2", "--no_local_rank", "--master_port", str(port)]
     return LaunchCommand(
         argv=(str(launcher), *options, str(RANK), str(run_dir), behaviour),
         variables={"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},

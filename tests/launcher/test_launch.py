@@ -39,8 +39,15 @@ def test_a_plan_shows_commands_and_writes_them(tmp_path: Path) -> None:
     assert json.loads((folder / "ppo-actor.json").read_text()) == rendered["actor"]
     assert {path.name for path in folder.iterdir()} >= {"plan.txt", "config.yaml", "sft-model.json", "ppo-critic.json"}
     assert SECRET not in done.stdout + "".join(path.read_text() for path in folder.iterdir())
+    # A plan keeps nobody from planning or running there, but what a run has written is left alone.
+    run_dir = folder.parent
+    (run_dir / "config.yaml").write_text("seed: 1")
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     again = launch(tmp_path, "mode=plan", "hardware=cpu", "memory=zero3")
-    assert again.returncode == 0  # A plan in a run directory keeps nobody from planning or running there.
+    assert (again.returncode, again.stderr) == (0, "")
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+    assert (tmp_path / "runs" / f"{run_dir.name}-plan" / "plan.txt").is_file()
+    assert again.stdout.endswith(f"# Written to {run_dir}-plan\n")
 
 
 def test_a_sweep_plans_every_job_and_ends_with_a_table(tmp_path: Path) -> None:
@@ -111,7 +118,10 @@ def test_values_of_the_users_own_directory_are_called_by_their_file(tmp_path: Pa
 
 
 def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
-    rows = [{"prompt": f"Name number {n}.", "chosen": f"Number {n}, of course.", "rejected": "No."} for n in range(400)]
+    rows = [
+        {"prompt": f"Name number {n}.", "chosen": f"Number {n}, of course.", "rejected": "No.\x1b[2J"}
+        for n in range(400)
+    ]
     lines = [json.dumps(row) for row in rows] + ["{broken", json.dumps({**rows[0], "chosen": None})]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines))
     given = [
@@ -134,6 +144,9 @@ def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
     assert "main" in done.stdout and "bad row" in done.stdout and "sft_train" in done.stdout
     assert "the chosen answer is the longer one in 100% of the pairs" in done.stdout
     assert "<|user|>Name number" in done.stdout and ", of course.</s>»" in done.stdout
+    folder = tmp_path / "r" / "data"
+    texts = done.stdout + strict.stderr + "".join((folder / f"data.{end}").read_text() for end in ("txt", "html"))
+    assert "\x1b" not in texts and texts.count(r"No.\x1b[2J") > 2
     found = json.loads((tmp_path / "r" / "data" / "data.json").read_text())
     assert found["counts"]["dropped"]["bad row"] == 2
     assert found["overlaps"] == {}
@@ -193,6 +206,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
         (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
         (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
         (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),
+        (["mode=plan", "hydra.run.dir=out"], "hydra.run.dir: a run is written to run_dir: give run_dir="),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, arguments: list[str], expected: str) -> None:

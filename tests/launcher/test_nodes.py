@@ -7,21 +7,22 @@ import base64
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 from ssh import MACHINES, MISSING, Server, common_port, ssh_server
 
 from rlhf.__main__ import adopt_rank
-from rlhf.config.schema import Accelerator, Config, HardwareConfig, LauncherConfig, LauncherKind, ModelConfig
+from rlhf.config.schema import Accelerator, Config, HardwareConfig, LauncherConfig, LauncherKind, Mode, ModelConfig
 from rlhf.launcher import process
 from rlhf.launcher.command import PROJECT, LaunchCommand, launch_command
-from rlhf.launcher.hosts import launcher_problems
+from rlhf.launcher.hosts import launcher_problems, parse_hostfile
 from rlhf.launcher.watchdog import start_time
 from rlhf.stages.sft.config import SFTConfig
 
@@ -465,6 +466,11 @@ def worlds(argv: list[str]) -> dict[str, list[int]]:
         (LauncherKind.pdsh, {"environment": {"A": "$HOME"}}, "launcher.environment.A=$HOME: launcher=pdsh cannot pass"),
         (LauncherKind.mpich, {"environment": {"A": "1 2"}}, "launcher.environment.A=1 2: launcher=mpich cannot pass"),
         (LauncherKind.slurm, {"environment": {"A": "1\n2"}}, "launcher.environment.A=1\n2: launcher=slurm cannot pass"),
+        (
+            LauncherKind.local,
+            {"environment": {"A": "\x1bc"}},
+            "launcher.environment.A=\x1bc: launcher=local cannot pass",
+        ),
     ],
 )
 def test_what_a_launcher_cannot_do_is_a_problem(
@@ -472,3 +478,63 @@ def test_what_a_launcher_cannot_do_is_a_problem(
 ) -> None:
     found = problems(config_for(kind, hosts, **options))
     assert [each for each in found if each.startswith(problem)], found
+
+
+@pytest.mark.parametrize(
+    ("name", "good"),
+    [
+        ("node-1", True),
+        ("a", True),
+        ("gpu01.cluster.example.org", True),
+        ("job_worker_1", True),
+        ("10.0.0.17", True),
+        ("2001:db8::17", True),
+        ("fe80::1%eth0", True),
+        ("a" * 63 + ".b", True),
+        ("-oProxyCommand=reboot", False),
+        ("node1;reboot", False),
+        ("$(reboot)", False),
+        ("node1`id`", False),
+        ("me@node1", False),
+        ("node1:22", False),
+        ("fe80::1%$(reboot)", False),
+        ("10.0.0.300", False),
+        ("10.0.0", False),
+        ("node[01-04]", False),
+        ("node1,node2", False),
+        ("node1.", False),
+        ("node1..b", False),
+        ("node-", False),
+        ("n\N{LATIN SMALL LETTER O WITH DIAERESIS}de", False),
+        ("a" * 64, False),
+        (".".join(["abcdefgh"] * 30), False),
+        ("\x1b]0;x\x07", False),
+    ],
+)
+def test_only_names_of_hosts_reach_a_shell(name: str, good: bool, tmp_path: Path) -> None:
+    hosts, found = parse_hostfile(f"# ours\nfirst slots=2\n{name} slots=2\n")
+    assert (list(hosts), found == []) == ((["first", name], True) if good else (["first"], False))
+    assert good or found[0].startswith("line 3: ")
+    (tmp_path / "hosts").write_text("a1 slots=2\nb2 slots=2\n")
+    config = config_for(LauncherKind.pdsh, tmp_path / "hosts", master_addr=name)
+    assert [each.startswith("launcher.master_addr: ") for each in problems(config)] == ([] if good else [True])
+
+
+def test_a_hostfile_of_something_else_is_told_in_a_few_lines(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("import torch\n" * 300 + "x" * 5000 + "\na slots=" + "9" * 5000)
+    (found,) = problems(config_for(LauncherKind.pdsh, tmp_path / "hosts"))
+    assert found.startswith(f"launcher.hostfile={tmp_path / 'hosts'}: line 1: 'import torch' is not of the form")
+    assert found.endswith("and 297 more lines") and len(found) < 1000
+
+
+@pytest.mark.parametrize(("kind", "rank"), [(LauncherKind.local, None), (LauncherKind.no_ssh, 0)])
+def test_a_port_in_use_is_told_before_anything_starts(kind: LauncherKind, rank: int | None) -> None:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        config = config_for(kind, None, master_port=port, master_addr="127.0.0.1", node_rank=rank)
+        (found,) = problems(config)
+        assert found.startswith(f"launcher.master_port={port}: another program listens there: ")
+        assert problems(replace(config, mode=Mode.plan)) == []
+    assert problems(config) == []

@@ -1,6 +1,7 @@
 """The wrapper around the real DeepSpeed launcher, with ranks that end in every way that ranks can end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -114,6 +115,20 @@ def test_killing_the_wrapper_ends_the_ranks(tmp_path: Path) -> None:
     while processes_of(tmp_path) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert processes_of(tmp_path) == []
+
+
+def test_a_run_directory_that_is_removed_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    driver = start(run_dir, "sleep")
+    rank_pids(run_dir)
+    shutil.rmtree(run_dir)
+    output, _ = driver.communicate(timeout=60)
+    assert (driver.returncode, output) == (
+        1,
+        f"{run_dir} was removed while its stage was training: all ranks have ended\n",
+    )
+    assert processes_of(run_dir) == []
 
 
 def test_only_the_runs_own_shared_memory_is_deleted(tmp_path: Path) -> None:

@@ -44,6 +44,17 @@ def test_the_name_tells_runs_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert with_run_dir(config(run_dir="/given")).run_dir == "/given"
 
 
+def test_names_of_models_and_data_make_names_of_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    name = with_run_dir(config(model=ModelConfig(name="org/\x1b[31m model" + "映" * 300))).run_dir
+    assert name is not None and Path(name).parent == tmp_path / "runs"
+    assert Path(name).name.startswith("pipeline-org_31m_model映映") and len(Path(name).name.encode()) < 255
+    Path(name).mkdir(parents=True)
+    for character in ("\x1b[31m", "\n", "\u202e", "\udcff"):
+        with pytest.raises(ConfigError, match=r"run_dir='.*holds characters that cannot be shown"):
+            check_run_dir(tmp_path / f"run{character}", config(), finished=False)
+
+
 def test_a_directory_is_used_only_if_it_is_free_or_can_go_on(tmp_path: Path) -> None:
     run_dir, settings = tmp_path / "run", config()
     assert check_run_dir(run_dir, settings, finished=False) is False
@@ -118,6 +129,18 @@ def test_the_command_takes_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> 
     assert environment["WANDB_API_KEY"] == "secret"
     assert "secret" not in chosen.shell()
     assert str(chosen.port) in chosen.argv
+
+
+def test_deepspeed_is_told_that_there_is_no_hostfile() -> None:
+    from deepspeed.launcher.runner import fetch_hostfile, parse_args
+
+    for accelerator in (Accelerator.cpu, Accelerator.cuda):
+        local = config(hardware=HardwareConfig(accelerator=accelerator, gpus_per_node=2, threads_per_rank=1))
+        command = launch_command(local, config_path=Path("/run/config.yaml"), gpus=(0, 1))
+        parsed = parse_args(list(command.argv[1:]))
+        # Its default is a file that some clusters have; whoever reads it starts the ranks by ssh.
+        assert parsed.hostfile != parse_args(["--module", "rlhf"]).hostfile == "/job/hostfile"
+        assert fetch_hostfile(parsed.hostfile) is None
 
 
 def test_what_a_cpu_computes_in() -> None:

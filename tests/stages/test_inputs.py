@@ -19,7 +19,7 @@ from rlhf.config.schema import (
     SourceConfig,
     WeightSource,
 )
-from rlhf.stages.inputs import stage_key
+from rlhf.stages.inputs import stage_inputs, stage_key
 from rlhf.stages.ppo.config import PPOConfig
 from rlhf.stages.rm.config import RMConfig
 from rlhf.stages.sft.config import SFTConfig
@@ -122,3 +122,25 @@ def test_a_function_of_the_users_own_counts_by_its_content(rows: Path, tmp_path:
     assert key(kind="function", function=f"{path}:score") != before
     # What a server answers is not known, so that its stage is never kept nor taken over.
     assert key(kind="http", url="http://127.0.0.1/") is None
+
+
+def test_what_changed_is_known_by_its_kind(rows: Path, tmp_path: Path) -> None:
+    model, score = tmp_path / "sft", tmp_path / "mine.py"
+    model.mkdir()
+
+    def changed(write: Path, text: str) -> list[str]:
+        scorer = ScorerConfig(kind="function", function=f"{score}:score")
+        used = config(rows, stage=PPOConfig(actor_model=str(model)), scorer=scorer)
+        before = stage_inputs(used)
+        write.write_text(text)
+        after = stage_inputs(used)
+        return [name for name in before if before[name] != after[name]]
+
+    assert changed(rows, '{"prompt": "x", "chosen": "y", "rejected": "z"}\n') == ["data"]
+    assert changed(model / "model.safetensors", "1") == ["weights"]
+    assert changed(score, "def score(prompts, responses): ...\n") == ["code"]
+    assert changed(tmp_path / "notes.txt", "") == []
+    gone = stage_inputs(config(rows, stage=RMConfig(sft_model=str(tmp_path / "gone"))))
+    assert gone["weights"] != stage_inputs(config(rows, stage=RMConfig(sft_model=str(model))))["weights"]
+    first, other = (stage_inputs(config(rows, seed=seed)) for seed in (1, 2))
+    assert [name for name in first if first[name] != other[name]] == ["options"]

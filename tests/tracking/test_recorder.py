@@ -2,6 +2,7 @@
 
 import json
 import math
+import resource
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -164,3 +165,34 @@ def test_a_row_cut_short_by_a_crash_is_left_out(tmp_path: Path) -> None:
 )
 def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_records_wait_for_room_and_none_is_lost(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path, stage="sft", is_main=True, total_steps=4)
+    recorder.metrics(1, {"train/loss": 1.0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    for times in (1, 2):
+        # As on a full disk: a part of the row can be written, but not the whole.
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, limits[1]))
+        try:
+            recorder.metrics(2 * times, {"train/loss": 2.0})
+            recorder.samples(2 * times, [SAMPLE])
+            with pytest.raises(OSError, match=r"Errno 2[78]"):
+                recorder.summary(before={}, after={}, data={})
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        recorder.metrics(2 * times + 1, {"train/loss": 3.0})
+        assert (tmp_path / "metrics.jsonl").read_text().endswith("}\n")
+    recorder.summary(before={}, after={}, data={})
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in read_rows(tmp_path / "samples.jsonl")] == [2, 4]
+    assert read_json(tmp_path / "summary.json")["stage"] == "sft"
+
+
+def test_a_text_with_other_line_ends_is_one_row(tmp_path: Path) -> None:
+    rows = [{"text": "a\u2028b\x85c\x1c\ud800"}, {"text": "d"}]
+    for row in rows:
+        append_row(tmp_path / "samples.jsonl", row)
+    assert read_rows(tmp_path / "samples.jsonl") == rows
+    assert (tmp_path / "samples.jsonl").read_bytes().isascii()

@@ -12,9 +12,10 @@ import pytest
 from PIL import Image
 from synthetic import write_pipeline, write_ppo, write_rm, write_sft
 
+from rlhf.config.terminal import shown
 from rlhf.tracking.plots import plot_pipeline, plot_stage
 from rlhf.tracking.records import append_row, read_rows
-from rlhf.tracking.report import markdown_cell, markdown_code, merge_records, printable, write_report
+from rlhf.tracking.report import markdown_cell, markdown_code, merge_records, write_report
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "<script>alert(1)</script> | **bold** [x](javascript:alert(1)) `code`\nhttp://evil.example\u202e\x00"
@@ -133,9 +134,10 @@ def test_ten_prompts_are_answered_side_by_side(pipeline: Path) -> None:
 def test_generated_text_is_never_markup(pipeline: Path) -> None:
     page = (pipeline / "report.html").read_text()
     assert "<script" not in page and "&lt;script&gt;alert(1)&lt;/script&gt;" in page
-    assert "\u202e" not in page and "\x00" not in page
+    assert "\u202e" not in page and "\x00" not in page and r"http://evil.example\u202e\x00" in page
     markdown = (pipeline / "report.md").read_text()
     (row,) = [line for line in markdown.splitlines() if "alert" in line]
+    assert shown(page) == page and shown(markdown) == markdown
     assert "<script" not in row and "http://" not in row and not re.search(r"(?<!\\)\]\(", row)
     assert len(re.findall(r"(?<!\\)\|", row)) == 6
 
@@ -237,8 +239,3 @@ def test_a_markdown_cell_is_plain_text(text: str, cell: str) -> None:
 
 def test_a_code_block_cannot_be_closed_from_inside() -> None:
     assert markdown_code("a\n```\nb") == "````\na\n```\nb\n````"
-
-
-def test_printable_keeps_words_of_all_languages() -> None:
-    assert printable("naïve 映画 فيلم\n\t!") == "naïve 映画 فيلم\n\t!"
-    assert printable("a\x1b[31mb\u202ec") == "a�[31mb�c"

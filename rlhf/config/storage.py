@@ -1,0 +1,50 @@
+"""What the operating system says where files cannot be written, as a sentence that tells a person what to mend."""
+
+import contextlib
+import errno
+import os
+import re
+import uuid
+from pathlib import Path
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full: make room",
+    errno.EDQUOT: "the quota on the disk is used up: make room",
+    errno.EROFS: "the file system cannot be written to: make it writable",
+    errno.EFBIG: "a file would be larger than this process may write: raise the limit (ulimit -f)",
+    errno.EIO: "the disk fails (input/output error): look at the system's log",
+    errno.ESTALE: "the network file system has gone: mount it again",
+}
+# Libraries in Rust, such as safetensors and tokenizers, give the number in the text only.
+_RUST = re.compile(r"\(os error (\d+)\)")
+_PROBE_BYTES = 1 << 16
+
+
+def storage_problem(error: BaseException | None) -> str | None:
+    """Why files cannot be written, if that is what an error, or one that it followed, is about; None otherwise."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        number = error.errno if isinstance(error, OSError) else None
+        if number is None and (found := _RUST.search(str(error))) is not None:
+            number = int(found[1])
+        if number in _REASONS:
+            path = error.filename if isinstance(error, OSError) and error.filename else None
+            return f"{path}: {_REASONS[number]}" if path else _REASONS[number]
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def probe(directory: Path) -> str | None:
+    """Why a directory cannot be written to, found out by trying; None if it can."""
+    path = directory / f".probe-{uuid.uuid4().hex}"
+    try:
+        with path.open("wb") as file:
+            file.write(os.urandom(_PROBE_BYTES))
+            os.fsync(file.fileno())
+    except OSError as error:
+        return storage_problem(error) or f"{directory}: {error.strerror}"
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+    return None

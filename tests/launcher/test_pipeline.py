@@ -1,0 +1,58 @@
+"""Which stages of a run are kept when the same command is given again, and what is said of it."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from rlhf.config.schema import Accelerator, Config, HardwareConfig, Reuse
+from rlhf.launcher import pipeline
+from rlhf.launcher.command import LaunchCommand
+from rlhf.launcher.pipeline import StageRun, run_stages
+from rlhf.stages.sft.config import SFTConfig
+
+RANK = """
+import pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+(folder / "model").mkdir()
+(folder / "done").mkdir()
+(folder / "done" / "rank0").touch()
+"""
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *, reuse: Reuse = Reuse.auto, **inputs: str) -> list[str]:
+    """Give the same command in a folder while a stage would be made of `inputs`; return the lines that are told."""
+    hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
+    run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware, reuse=reuse), directory=folder / "sft")
+    command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
+    monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
+    monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    stream = io.StringIO()
+    outcome = run_stages([run], gpus=(), stream=stream, inputs_of=lambda _: inputs)
+    assert (outcome.code, outcome.message) == (0, "")
+    assert json.loads((run.directory / "inputs.json").read_text())
+    return [line for line in stream.getvalue().splitlines() if ": 1 ranks on" not in line]
+
+
+def test_a_finished_stage_is_kept_only_if_it_is_made_of_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "sft"
+    assert start(tmp_path, monkeypatch, data="1", weights="1", code="1") == []
+    kept = f"sft: finished before with the same data, weights and code, kept: {place}"
+    assert start(tmp_path, monkeypatch, data="1", weights="1", code="1") == [kept]
+    told = start(tmp_path, monkeypatch, reuse=Reuse.finished, data="2", weights="1", code="2")
+    assert told == [f"sft: kept, although its data and code changed since it finished (reuse=finished): {place}"]
+    assert start(tmp_path, monkeypatch, data="2", weights="1", code="1") == [
+        "sft: trained again: its data changed since it finished (reuse=finished keeps it)",
+        f"sft: starts anew; what was there is now {place / 'earlier-1'}",
+    ]
+    assert (place / "earlier-1" / "model").is_dir() and (place / "model").is_dir()
+    assert start(tmp_path, monkeypatch, data="2", weights="1", code="1") == [kept]
+    (place / "inputs.json").unlink()
+    assert "no record" in start(tmp_path, monkeypatch, data="2", weights="1", code="1")[0]
+    assert (place / "earlier-2" / "model").is_dir()
+    (place / "done" / "rank0").unlink()
+    assert start(tmp_path, monkeypatch, data="2")[0].endswith(str(place / "failed-1"))
