@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import json
 import logging
 import os
 import re
@@ -112,9 +111,10 @@ def record_error(path: Path, error: BaseException) -> None:
         "traceback": traceback.format_exc(),
         "user_error": is_user_error(error),
     }
+    from rlhf.config.writing import write_json
+
     with contextlib.suppress(OSError):
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        write_json(path, facts)
 
 
 if __name__ == "__main__":

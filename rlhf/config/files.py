@@ -1,7 +1,5 @@
 """Configurations as YAML and as typed objects."""
 
-import os
-import platform
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -14,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from rlhf.config.errors import ConfigError
 from rlhf.config.explain import explain, unknown_keys
 from rlhf.config.schema import Config, StageConfig
+from rlhf.config.writing import write_text
 
 
 def to_plain(value: Any) -> Any:
@@ -34,10 +33,7 @@ def to_yaml(config: Config) -> str:
 
 def write_config(config: Config, path: Path) -> None:
     """Write a configuration as YAML; the file appears complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{platform.node()}-{os.getpid()}")
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, to_yaml(config))
 
 
 def typed_config(content: Any, stage: StageConfig) -> Config:

@@ -2,9 +2,6 @@
 
 import hashlib
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from enum import Enum
@@ -16,6 +13,7 @@ import numpy as np
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import DataConfig
+from rlhf.config.writing import whole_directory
 from rlhf.data.build import build
 from rlhf.data.conversation import Conversation
 from rlhf.data.sources import read_source, source_module
@@ -137,14 +135,9 @@ def prepare_data(data: DataConfig, *, tokenizer_dir: Path, cache_dir: Path) -> P
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
         if not (target / "counts.json").is_file():
-            temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-            try:
-                build(data, tokenizer_dir, temporary)
+            with whole_directory(target) as partial:
+                build(data, tokenizer_dir, partial)
                 if _fingerprint(data, tokenizer_dir) != fingerprint:
                     raise DataError(f"data={data.name}: its files changed while they were read: run it again")
-                temporary.chmod(0o755)
-                os.rename(temporary, target)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
     counts = json.loads((target / "counts.json").read_text(encoding="utf-8"))
     return PreparedData(directory=target, fingerprint=fingerprint, counts=counts)

@@ -1,7 +1,5 @@
 """From an engine to a Hugging Face model directory that plain transformers loads."""
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +7,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from rlhf.config.writing import whole_directory
 from rlhf.engine.distributed import barrier, rank
 from rlhf.models.lora import adapter_config, adapter_weights, is_adapted, merged_weights
 
@@ -46,27 +45,18 @@ def export_model(
         if is_adapted(model):
             export_adapter(model, weights, adapter_directory or directory.with_name("adapter"))
             weights = merged_weights(model, weights)
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         for key, value in (extra_config or {}).items():
             setattr(model.config, key, value)
         model.config.dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
-        model.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        os.replace(partial, directory)
+        with whole_directory(directory) as partial:
+            model.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
     barrier()
 
 
 def export_adapter(model: PreTrainedModel, weights: dict[str, Tensor], directory: Path) -> None:
     """Write the adapters of a model, whose unmerged weights are given, as peft reads them."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(
-        {name: value.contiguous().clone() for name, value in adapter_weights(model, weights).items()},
-        partial / "adapter_model.safetensors",
-    )
-    adapter_config(model, base=str(model.config._name_or_path or "")).save_pretrained(str(partial))
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(partial, directory)
+    kept = {name: value.contiguous().clone() for name, value in adapter_weights(model, weights).items()}
+    with whole_directory(directory) as partial:
+        save_file(kept, partial / "adapter_model.safetensors")
+        adapter_config(model, base=str(model.config._name_or_path or "")).save_pretrained(str(partial))

@@ -3,8 +3,6 @@
 import fcntl
 import hashlib
 import json
-import os
-import platform
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,6 +12,7 @@ from typing import Any
 from rlhf.config.errors import ConfigError
 from rlhf.config.files import read_yaml, to_plain
 from rlhf.config.schema import Config
+from rlhf.config.writing import write_text
 
 CONFIG, COMMAND = "config.yaml", "command.txt"
 _LOCK = ".lock"
@@ -53,7 +52,7 @@ def check_free(run_dir: Path) -> None:
         raise ConfigError(f"run_dir={run_dir} is a file: give another run_dir=")
     if not run_dir.exists() or (run_dir / CONFIG).is_file():
         return
-    own = (PLAN, DATA, _LOCK, f".{CONFIG}.")
+    own = (PLAN, DATA, _LOCK, f".{CONFIG}.", f".{DATA}.")
     foreign = [entry.name for entry in run_dir.iterdir() if not entry.name.startswith(own)]
     if foreign and not (run_dir / CONFIG).is_file():
         raise ConfigError(f"run_dir={run_dir} exists, is not empty and holds no run: give another run_dir=")
@@ -125,8 +124,5 @@ def move_aside(directory: Path) -> Path | None:
 
 def write_files(directory: Path, files: Mapping[str, str]) -> None:
     """Write texts by name into a directory, which is created. Files that are there are replaced, not overwritten."""
-    directory.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
-        temporary = directory / f".{name}.{platform.node()}-{os.getpid()}"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(directory / name)
+        write_text(directory / name, text)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TextIO
 
 from rlhf.config.schema import Config
+from rlhf.config.writing import whole_directory, write_json
 
 FOLDER = ".stages"
 MANIFEST = "manifest.json"
@@ -90,20 +91,16 @@ class StageStore:
         manifest = json.loads((entry / MANIFEST).read_text(encoding="utf-8"))
         for name in manifest["files"]:
             _link(entry / name, directory / name)
-        (directory / REUSED).write_text(json.dumps({"key": entry.name, "from": manifest["from"]}), encoding="utf-8")
+        write_json(directory / REUSED, {"key": entry.name, "from": manifest["from"]})
         return str(manifest["from"])
 
     def keep(self, key: str, directory: Path) -> None:
         """Make a finished stage's directory the entry of a key."""
-        partial = self._folder / f"{key}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
         files = tree_digests(directory)
-        for name in files:
-            _link(directory / name, partial / name)
-        manifest = {"from": str(directory), "files": files}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        shutil.rmtree(self._folder / key, ignore_errors=True)
-        os.replace(partial, self._folder / key)
+        with whole_directory(self._folder / key) as partial:
+            for name in files:
+                _link(directory / name, partial / name)
+            write_json(partial / MANIFEST, {"from": str(directory), "files": files})
 
 
 def _link(source: Path, target: Path) -> None:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.writing import whole_file, write_text
+
 SWEEP = "RLHF_SWEEP"  # The environment variable that names a sweep's directory to its jobs.
 JOBS, TABLE, PLOT = "jobs", "summary.csv", "summary.png"
 
@@ -35,9 +37,7 @@ def sweep_directory(arguments: Sequence[str], *, name: str | None) -> Path:
 
 def write_result(directory: Path, result: JobResult) -> None:
     """Write a job's file."""
-    (directory / JOBS).mkdir(parents=True, exist_ok=True)
-    path = directory / JOBS / f"{result.number}.json"
-    path.write_text(json.dumps(asdict(result), indent=1, default=str), encoding="utf-8")
+    write_text(directory / JOBS / f"{result.number}.json", json.dumps(asdict(result), indent=1, default=str))
 
 
 def read_results(directory: Path) -> list[JobResult]:
@@ -93,7 +93,7 @@ def table_text(rows: Sequence[dict[str, str]], *, hidden: Collection[str] = ()) 
 def write_table(directory: Path, rows: Sequence[dict[str, str]]) -> Path:
     """Write the rows as CSV."""
     path = directory / TABLE
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with whole_file(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]) if rows else ["state"])
         writer.writeheader()
         writer.writerows(rows)

@@ -3,8 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import os
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -22,6 +20,7 @@ from transformers import (
 
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.schema import ModelConfig, ScratchConfig, WeightSource
+from rlhf.config.writing import whole_directory
 
 
 def prepare_base_model(model: ModelConfig, tokenizer: PreTrainedTokenizerBase, *, cache_dir: Path, seed: int) -> str:
@@ -99,10 +98,6 @@ def _unpack(model: ModelConfig) -> PreTrainedModel:
 
 
 def _save(built: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
-    partial = directory.with_name(directory.name + f".partial-{os.getpid()}")
-    try:
+    with whole_directory(directory) as partial:
         built.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-        os.replace(partial, directory)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -8,16 +8,14 @@ everywhere, so that training, generation and chat see the same text.
 import hashlib
 import importlib.util
 import json
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.schema import ModelConfig, WeightSource
+from rlhf.config.writing import whole_directory
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -144,15 +142,8 @@ def _digest(parts: Sequence[object]) -> str:
 
 
 def _save(tokenizer: Any, target: Path) -> Path:
-    """Save under a temporary name and rename, so that a directory that exists is complete."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
-    try:
-        tokenizer.save_pretrained(str(temporary))
-        temporary.chmod(0o755)
-        os.rename(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_directory(target) as partial:
+        tokenizer.save_pretrained(str(partial))
     return target
 
 

@@ -1,15 +1,13 @@
 """mode=data: what the data of a run are, before anything is trained on them. Imports no torch."""
 
 import json
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import Config
+from rlhf.config.writing import whole_directory
 from rlhf.data.inspector import QUANTILES, PartFacts, examples, lengths, overlaps, part_facts
 from rlhf.data.prepare import PreparedData
 from rlhf.data.split import ALL_PARTS
@@ -125,17 +123,10 @@ def _write(report: DataReport, data: PreparedData, facts: list[PartFacts], confi
         "findings": report.findings,
     }
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        with whole_directory(folder) as partial:
+            draw_lengths(drawn, limits, partial / "data.png")
+            write_page(report, partial / "data.png", partial / "data.html")
+            (partial / "data.txt").write_text(as_text(report, colored=False) + "\n", encoding="utf-8")
+            (partial / "data.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"run_dir={folder.parent} cannot be written: {error.strerror}") from error
-    try:
-        draw_lengths(drawn, limits, temporary / "data.png")
-        write_page(report, temporary / "data.png", temporary / "data.html")
-        (temporary / "data.txt").write_text(as_text(report, colored=False) + "\n", encoding="utf-8")
-        (temporary / "data.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
-        temporary.chmod(0o755)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(temporary, folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

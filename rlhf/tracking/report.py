@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jinja2
 
+from rlhf.config.writing import write_text
 from rlhf.tracking.collect import (
     TITLES,
     Setting,
@@ -65,7 +66,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     report = _collect(run_dir, pipeline=pipeline)
     paths = run_dir / "report.md", run_dir / "report.html"
     for path, template, escape in zip(paths, ("report.md.j2", "report.html.j2"), (False, True), strict=True):
-        _write(path, template_environment(run_dir, escape=escape).get_template(template).render(report=report))
+        write_text(path, template_environment(run_dir, escape=escape).get_template(template).render(report=report))
     return paths
 
 
@@ -78,7 +79,8 @@ def merge_records(run_dir: Path) -> None:
         parts = [run_dir / name / file_name for name in STAGES]
         texts = [path.read_text(encoding="utf-8", errors="replace") for path in parts if path.exists()]
         if texts:
-            _write(run_dir / file_name, "".join(text if text.endswith("\n") else f"{text}\n" for text in texts if text))
+            lines = (text if text.endswith("\n") else f"{text}\n" for text in texts if text)
+            write_text(run_dir / file_name, "".join(lines))
 
 
 def _collect(run_dir: Path, *, pipeline: bool) -> Report:
@@ -167,9 +169,3 @@ def markdown_code(text: str) -> str:
     """The text as a fenced code block that nothing inside it can close."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}\n{printable(text).rstrip()}\n{fence}"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

@@ -53,6 +53,16 @@ def test_plain_transformers_loads_the_models(finished: Finished) -> None:
     assert abs(float(score) - sample["responses"]["chosen"]["score"]) < 0.05  # bf16 in training, fp32 here
 
 
+def test_others_may_read_what_the_umask_lets_them(finished: Finished) -> None:
+    probe = finished[0].parent / "probe"
+    probe.mkdir()
+    allowed = probe.stat().st_mode & 0o777
+    paths = [path for stage in ("sft", "rm", "ppo") for path in (finished[0] / stage / "model").glob("**/*")]
+    assert len(paths) > 9
+    assert {path.stat().st_mode & 0o777 for path in paths} == {allowed & 0o666}
+    assert (finished[0] / "ppo" / "model").stat().st_mode & 0o777 == allowed
+
+
 def test_the_same_command_again_names_the_finished_run(finished: Finished) -> None:
     run_dir, arguments, _ = finished
     again = launch(*arguments, f"run_dir={run_dir}")

@@ -1,6 +1,7 @@
 """Scalar heads and dropout."""
 
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ from tokenizers import Tokenizer, models
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
+from rlhf.config.schema import ModelConfig, ScratchConfig, WeightSource
+from rlhf.engine.export import export_adapter
 from rlhf.models.load import (
     disable_dropout,
     has_scalar_head,
@@ -17,6 +20,8 @@ from rlhf.models.load import (
     load_scalar_model,
     vocabulary_limit,
 )
+from rlhf.models.lora import add_adapters
+from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import ADDED_PAD, complete_tokenizer
 
 
@@ -95,3 +100,23 @@ def test_an_added_padding_token_gets_a_row(directory: Path, tmp_path: Path) -> N
         values = scorer(input_ids=ids, attention_mask=mask, position_ids=places)
     torch.testing.assert_close(padded, alone)
     assert torch.isfinite(values).all()
+
+
+def test_exported_adapters_and_new_models_are_readable_by_those_whom_the_umask_allows(
+    directory: Path, tmp_path: Path
+) -> None:
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(directory)
+    model = load_causal_lm(directory, tokenizer, dtype=torch.float32, attention="eager")
+    add_adapters(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"], seed=0)
+    before = os.umask(0o022)
+    try:
+        export_adapter(model, dict(model.state_dict()), tmp_path / "adapter")
+        scratch = ScratchConfig(vocab_size=24, num_layers=1, hidden_size=8, num_heads=2, intermediate_size=8)
+        new = ModelConfig(name="new", source=WeightSource.scratch, scratch=scratch)
+        base = Path(prepare_base_model(new, tokenizer, cache_dir=tmp_path, seed=0))
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "adapter", base):
+        assert folder.stat().st_mode & 0o777 == 0o755
+        modes = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+        assert any(name.endswith(".safetensors") for name in modes) and set(modes.values()) == {0o644}, modes
