@@ -227,6 +227,11 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[lis
     return encoded
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of every control token."""
+    return frozenset(tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer)))
+
+
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Every text that the tokenizer would turn into a control token, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}

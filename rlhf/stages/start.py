@@ -14,7 +14,8 @@ from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
-from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
+from rlhf.config.roles import roles_of
+from rlhf.config.schema import REWARD_MODEL, Config, LauncherKind, Mode, Normalize, Reuse, StageConfig
 from rlhf.config.validate import find_problems, raise_problems
 from rlhf.data.problems import source_problems
 from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
@@ -23,6 +24,7 @@ from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
 from rlhf.launcher.rundir import CONFIG, DATA, PLAN, check_free, check_run_dir, claimed, with_run_dir, write_files
 from rlhf.launcher.store import FOLDER, StageStore
+from rlhf.models.score_rule import check_statistics, statistics_problem
 from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import (
@@ -34,6 +36,7 @@ from rlhf.planner.memory import (
     ranks_of,
     rollout_problems,
     stage_memory,
+    substages,
 )
 from rlhf.rollout.scorers import scorer_problems
 from rlhf.rollout.scorers.function import check_reference
@@ -100,7 +103,32 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)
     problems += backend_problems(config)
+    problems += statistics_problems(config)
     raise_problems(located(problem, dict(origins)) for problem in problems)
+
+
+def reward_directories(config: Config) -> Iterator[tuple[str, Path]]:
+    """The key and directory of each reward model that is there already and whose own statistics normalise its scores.
+
+    A pipeline's own reward model is not there yet.
+    """
+    scoring = any(role.name == REWARD_MODEL for stage in substages(config.stage) for role in roles_of(config, stage))
+    if not scoring or config.scorer.normalize is not Normalize.model:
+        return
+    first = getattr(config.stage, "reward_model", None)
+    keyed = [*([("stage.reward_model", first)] if first else []), *(("scorer.others", p) for p in config.scorer.others)]
+    yield from ((key, Path(path)) for key, path in keyed if (Path(path) / "config.json").is_file())
+
+
+def statistics_problems(config: Config) -> Iterator[str]:
+    """Which reward models lack the numbers that their scores are normalised by."""
+    for key, directory in reward_directories(config):
+        try:
+            problem = statistics_problem(directory)
+        except ConfigError:
+            continue  # A config.json that cannot be read is told by itself.
+        if problem:
+            yield f"{key}={directory}: {problem.removeprefix(f'{directory}/')}"
 
 
 def backend_problems(config: Config) -> Iterator[str]:
@@ -209,6 +237,8 @@ def run(config: Config, runs: list[StageRun], machine: Machine, *, in_sweep: boo
     goes_on(config, runs, run_dir)
     from rlhf.stages.preflight import preflight
 
+    for _, directory in reward_directories(config):
+        check_statistics(directory)
     for note in preflight(config).notes:
         print(note, flush=True)
     with claimed(run_dir, name=_lock_name(config)):
