@@ -35,7 +35,7 @@ def prepare(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
         entries = {**OPT, "architectures": [architecture], "id2label": {"0": "LABEL_0"}, **SCORES}
         (folder / name / "config.json").write_text(json.dumps(entries))
-        (folder / name / "model.safetensors").touch()
+        (folder / name / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")  # A file without tensors.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (folder / "hosts.txt").write_text("".join(f"node{index} slots=8\n" for index in range(8)))
 

@@ -89,7 +89,7 @@ def kind_of(value: Any) -> str:
     if isinstance(value, str):
         return f"the text {value[:40]!r}"
     if isinstance(value, int | float):
-        return f"the number {str(value)[:24]}"
+        return f"the number {value}" if abs(value) < 1e24 else "an enormous number"
     return "a list" if isinstance(value, list) else "an object"
 
 
@@ -119,17 +119,17 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
 
 
 def _stored(name: str, entry: Any, path: Path, *, data: int) -> StoredTensor:
-    dtype, shape, offsets = (entry.get(key) if isinstance(entry, dict) else None for key in _TENSOR_KEYS)
-    usual = isinstance(dtype, str) and all(
-        isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
-        for value in (shape, offsets)
-    )
-    if not usual or len(offsets) != 2 or len(shape) > 16:
+    entry = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = str(entry.get("dtype")), _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+    if shape is None or offsets is None or len(offsets) != 2 or len(shape) > 16:
         raise ModelFileError(f"{path}: the header's entry of {name[:80]!r} is damaged")
-    tensor = StoredTensor(path, dtype, tuple(shape), data + offsets[0], data + offsets[1])
+    tensor = StoredTensor(path, dtype, shape, data + offsets[0], data + offsets[1])
     if tensor.end < tensor.begin or tensor.elements * _WIDTHS.get(dtype, 0) not in (0, tensor.end - tensor.begin):
         raise ModelFileError(f"{path}: the header's entry of {name[:80]!r} has a shape that is not its size")
     return tensor
 
 
-_TENSOR_KEYS = ("dtype", "shape", "data_offsets")
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """A list of numbers of bytes or elements; None for anything else."""
+    usual = isinstance(value, list) and all(type(number) is int and 0 <= number < 2**63 for number in value)
+    return tuple(value) if usual else None

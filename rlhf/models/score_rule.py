@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import ConfigError
-from rlhf.config.model_files import read_object, stored_tensors
+from rlhf.config.model_files import kind_of, read_object, stored_tensors
 from rlhf.config.writing import write_json, write_text
 from rlhf.models.tokenizer import encode_response
 
@@ -129,10 +129,10 @@ def statistics_problem(directory: Path) -> str | None:
     entries = read_object(directory / "config.json")
     missing = [name for name in (MEAN, STD, DIGEST) if name not in entries]
     if missing:
-        return f"{directory}/config.json has no {' and no '.join(missing)}, which stage=rm writes: {_REMEDY}"
+        return f"{directory}/config.json has no {', '.join(missing)}, which stage=rm writes: {_REMEDY}"
     mean, std = entries[MEAN], entries[STD]
     if not _finite(mean) or not _finite(std) or std <= 0 or not isinstance(entries[DIGEST], str):
-        found = f"{MEAN}={str(mean)[:24]} and {STD}={str(std)[:24]}"
+        found = f"{MEAN} is {kind_of(mean)} and {STD} {kind_of(std)}"
         return f"{directory}/config.json: {found}; both must be numbers, the second above 0: {_REMEDY}"
     return None
 

@@ -192,7 +192,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
         (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b or "),
         (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
         (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
-        (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),
+        (["mode=plan", "model=hf", "model.path=odd"], "config.json holds a list where an object belongs"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(tmp_path: Path, arguments: list[str], expected: str) -> None:

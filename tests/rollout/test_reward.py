@@ -261,8 +261,8 @@ def test_the_numbers_are_bound_to_the_weights(directory: Path, tmp_path: Path) -
     ("changes", "said"),
     [
         ({"score_mean": None, "score_std": ...}, "config.json has no score_std, which stage=rm writes"),
-        ({"score_mean": ..., "score_std": ..., "score_weights": ...}, "no score_mean and no score_std"),
-        ({"score_std": 0}, "score_std=0; both must be numbers, the second above 0"),
+        ({"score_mean": ..., "score_std": ..., "score_weights": ...}, "no score_mean, score_std, score_weights, which"),
+        ({"score_std": 0}, "score_std the number 0; both must be numbers, the second above 0"),
         ({"score_mean": "0.5"}, "both must be numbers"),
         ({"score_std": True}, "both must be numbers"),
         ({"score_mean": 10**400}, "both must be numbers"),
