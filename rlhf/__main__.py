@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import errno
 import importlib
 import logging
 import os
@@ -100,14 +101,32 @@ def is_user_error(error: BaseException) -> bool:
     """Whether the message alone tells a user what to do."""
     from rlhf.config.errors import ConfigError, DataError, StoppedError
 
-    return isinstance(error, ConfigError | DataError | StoppedError)
+    return isinstance(error, ConfigError | DataError | StoppedError) or is_full_disk(error)
+
+
+def is_full_disk(error: BaseException) -> bool:
+    """Whether there is no room left, or none for this user, where something is written."""
+    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+
+
+def message_of(error: BaseException, run_dir: Path) -> str:
+    """What an error says, in one line for a full disk, and what model is there if one was written before."""
+    if is_full_disk(error):
+        assert isinstance(error, OSError)
+        message = f"{error.filename or run_dir} cannot be written: {error.strerror}"
+    elif is_user_error(error):
+        return str(error)
+    else:
+        message = str(error)
+    model = run_dir / "model"
+    return f"{message}; the model that was written before is whole: {model}" if model.is_dir() else message
 
 
 def record_error(path: Path, error: BaseException) -> None:
     """Write why this rank fails, for the launcher to show."""
     facts = {
         "type": type(error).__name__,
-        "message": str(error),
+        "message": message_of(error, path.parent.parent),
         "traceback": traceback.format_exc(),
         "user_error": is_user_error(error),
     }

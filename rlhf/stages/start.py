@@ -13,6 +13,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
+from rlhf.config.model_directory import own_code
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import REWARD_MODEL, Config, LauncherKind, Mode, Normalize, Reuse, StageConfig
@@ -131,6 +132,13 @@ def statistics_problems(config: Config) -> Iterator[str]:
             yield f"{key}={directory}: {problem.removeprefix(f'{directory}/')}"
 
 
+def code_notes(config: Config) -> Iterator[str]:
+    """Which models bring code of their own, which is not run."""
+    given = [config.model.path, config.reward_model.path, *(str(path) for _, path in reward_directories(config))]
+    for path in dict.fromkeys(path for path in given if path is not None and own_code(Path(path))):
+        yield f"note: {path} brings code of its own (auto_map), which is never run: transformers' own model is used"
+
+
 def backend_problems(config: Config) -> Iterator[str]:
     """What is wrong with the package that a run generates with."""
     if config.mode is Mode.run and config.rollout.backend is RolloutBackend.vllm:
@@ -239,7 +247,7 @@ def run(config: Config, runs: list[StageRun], machine: Machine, *, in_sweep: boo
 
     for _, directory in reward_directories(config):
         check_statistics(directory)
-    for note in preflight(config).notes:
+    for note in [*code_notes(config), *preflight(config).notes]:
         print(note, flush=True)
     with claimed(run_dir, name=_lock_name(config)):
         if goes_on(config, runs, run_dir):

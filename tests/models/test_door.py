@@ -18,11 +18,13 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory, directory_faults, own_code
+from rlhf.config.schema import Config, ModelConfig
 from rlhf.data.conversation import Message
 from rlhf.models.door import check_tokenizer, load_model
 from rlhf.models.load import has_scalar_head, load_causal_lm, load_scalar_model
 from rlhf.models.tokenizer import complete_tokenizer, encode_prompt, encode_response, load_tokenizer
 from rlhf.planner.architecture import from_directory
+from rlhf.stages.start import code_notes
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
 
@@ -60,6 +62,9 @@ def setting(**values: Any) -> Callable[[dict[str, Any]], Any]:
     return lambda entries: entries.update(values)
 
 
+THREE_HEADS = setting(num_attention_heads=3, head_dim=None, num_key_value_heads=None)
+
+
 def test_a_whole_directory_has_no_faults(good: Path) -> None:
     assert directory_faults(good) == []
     tokenizer = load_tokenizer(good)
@@ -75,7 +80,7 @@ def test_a_whole_directory_has_no_faults(good: Path) -> None:
         ("config.json", setting(num_attention_heads=0), "num_attention_heads=0; it must be from 1"),
         (
             "config.json",
-            setting(num_attention_heads=3, head_dim=None, num_key_value_heads=None),
+            THREE_HEADS,
             "num_attention_heads=3 does not divide hidden_size=8",
         ),
         ("config.json", setting(hidden_size=-8), "hidden_size=-8"),
@@ -250,3 +255,12 @@ def test_fuzz(good: Path, tmp_path: Path) -> None:
         shutil.rmtree(directory)
     print(outcomes)
     assert min(outcomes.values()) > 0
+
+
+def test_a_run_tells_of_code_that_it_does_not_run(good: Path, tmp_path: Path) -> None:
+    directory = changed(
+        good, tmp_path / "model", "tokenizer_config.json", setting(auto_map={"AutoTokenizer": ["x", None]})
+    )
+    assert not list(code_notes(Config(model=ModelConfig(path=str(good)))))
+    (note,) = code_notes(Config(model=ModelConfig(path=str(directory))))
+    assert str(directory) in note and "never run" in note
