@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from rlhf.config.schema import ScorerConfig as ScorerConfig
     from rlhf.rollout.advantages import Signals as Signals
     from rlhf.rollout.prompts import prompt_batch as prompt_batch
+    from rlhf.rollout.reward import score as score
     from rlhf.stages.ppo.config import PPOConfig as PPOConfig
     from rlhf.stages.ppo.engine import DeepSpeedRLHFEngine as DeepSpeedRLHFEngine
     from rlhf.stages.ppo.trainer import DeepSpeedPPOTrainer as DeepSpeedPPOTrainer
@@ -27,6 +28,7 @@ _PUBLIC = {
     "ScorerConfig": "rlhf.config.schema",
     "Signals": "rlhf.rollout.advantages",
     "prompt_batch": "rlhf.rollout.prompts",
+    "score": "rlhf.rollout.reward",
 }
 __all__ = [*_PUBLIC, "__version__"]
 

@@ -115,12 +115,14 @@ def told(error: BaseException, run_dir: Path) -> str:
     """An error's message; where a file could not be written it says what the run has written before."""
     from rlhf.config.storage import storage_problem
 
-    problem = storage_problem(error)
-    if problem is None:
-        return str(error)
     model = run_dir / "model"
-    exists = f"the trained model is in {model}" if (model / "config.json").is_file() else "no model has been written"
-    return f"{problem}, and give the same command again; {exists}"
+    written = (model / "config.json").is_file()
+    if problem := storage_problem(error):
+        exists = f"the trained model is in {model}" if written else "no model has been written"
+        return f"{problem}, and give the same command again; {exists}"
+    if written and not is_user_error(error):
+        return f"{error}; the trained model is in {model}"
+    return str(error)
 
 
 def record_error(path: Path, error: BaseException) -> None:

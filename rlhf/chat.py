@@ -8,7 +8,6 @@ written to the standard output.
 import argparse
 import contextlib
 import importlib
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf.config.errors import ConfigError
+from rlhf.config.model_directory import check_directory
+from rlhf.config.model_files import read_object
 from rlhf.config.terminal import guard_output
 
 if TYPE_CHECKING:
@@ -98,18 +99,13 @@ class Chat:
 
         An answer gets `max_new_tokens` of the context, or a quarter of it if that is less.
         """
-        from jinja2 import TemplateError
-
         from rlhf.models.tokenizer import encode_prompt
 
         room = self.context - min(self.options.max_new_tokens, self.context // 4)
         first = self._system_messages()
         dropped = 0
         while True:
-            try:
-                prompt_ids = encode_prompt(self.tokenizer, messages[:first] + messages[first + dropped :])
-            except TemplateError as error:
-                raise ConfigError(f"the model's chat template refuses this conversation: {error}") from error
+            prompt_ids = encode_prompt(self.tokenizer, messages[:first] + messages[first + dropped :])
             if len(prompt_ids) <= room:
                 return prompt_ids, dropped
             if first + dropped + 1 >= len(messages):
@@ -190,21 +186,16 @@ def load_chat(directory: Path, options: Options) -> Chat:
     """Load a model and its tokenizer in the format that it was saved in, on the GPU if there is one."""
     import torch
 
+    from rlhf.models.door import load_model
     from rlhf.models.tokenizer import complete_tokenizer, load_tokenizer
 
     library = _transformers()
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
-    if not list(directory.glob("*.safetensors")):
-        raise ConfigError(f"{directory} has no *.safetensors file: only this format is loaded")
+    check_directory(directory)
     tokenizer = load_tokenizer(directory)
     complete_tokenizer(tokenizer, chat_template=None)
-    try:
-        model = library.AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, trust_remote_code=False, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ConfigError(f"the model in {directory} cannot be loaded: {error}") from error
+    model = load_model(library.AutoModelForCausalLM, directory, dtype="auto")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # What isn't asked for here must not come from a file beside the weights.
     model.generation_config = library.GenerationConfig()
@@ -311,11 +302,8 @@ def _require_causal(directory: Path) -> Path:
 
 
 def _architecture(directory: Path) -> str:
-    try:
-        names = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("architectures") or [""]
-    except (OSError, ValueError, AttributeError) as error:
-        raise ConfigError(f"{directory / 'config.json'} cannot be read: {error}") from error
-    return str(names[0])
+    names = read_object(directory / "config.json").get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else ""
 
 
 if __name__ == "__main__":

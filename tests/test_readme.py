@@ -15,6 +15,8 @@ README = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("README.
 OPT = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_position_embeddings": 256}
 OPT |= {"num_attention_heads": 3, "vocab_size": 2048, "ffn_dim": 768}
 
+SCORES = {"score_mean": 0.0, "score_std": 1.0, "score_weights": "of the weights"}
+
 
 def commands() -> list[str]:
     """Every line of a code block that calls launch.py, without its comment."""
@@ -31,9 +33,9 @@ def prepare(folder: Path) -> None:
         "DIRECTORY": "OPTForCausalLM",
     }.items():
         (folder / name).mkdir(parents=True)
-        entries = {**OPT, "architectures": [architecture], "id2label": {"0": "LABEL_0"}}
+        entries = {**OPT, "architectures": [architecture], "id2label": {"0": "LABEL_0"}, **SCORES}
         (folder / name / "config.json").write_text(json.dumps(entries))
-        (folder / name / "model.safetensors").touch()
+        (folder / name / "model.safetensors").write_bytes(b"\2\0\0\0\0\0\0\0{}")  # A file without tensors.
     (folder / "pairs.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
     (folder / "hosts.txt").write_text("".join(f"node{index} slots=8\n" for index in range(8)))
 

@@ -1,7 +1,6 @@
 """All problems of a configuration at once, each with its key, its value and what would work."""
 
 import importlib.util
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Any
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import demand
+from rlhf.config.model_directory import directory_faults
+from rlhf.config.model_files import ModelFileError, read_object
 from rlhf.config.schema import (
     REWARD_MODEL,
     Accelerator,
@@ -160,24 +161,22 @@ def _model_directory(path: str, key: str, *, scored: bool = False) -> Iterator[s
         hint = f"; did you mean {directory / 'model'}?" if (directory / "model" / "config.json").is_file() else ""
         yield f"{key}={path}: holds no config.json, so it is not a Hugging Face model directory{hint}"
         return
+    faults = directory_faults(directory)
+    yield from (f"{key}: {fault}" for fault in faults)
     try:
-        entries = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        yield f"{key}={path}: its config.json cannot be read: {error}"
+        entries = read_object(directory / "config.json")
+    except ModelFileError:
         return
-    if not isinstance(entries, dict):
-        yield f"{key}={path}: its config.json holds no mapping, so it is not a Hugging Face model directory"
-        return
-    architectures = entries.get("architectures") or []
+    architectures = entries.get("architectures")
+    architectures = architectures if isinstance(architectures, list) else []
+    labels = entries.get("id2label")
     classifies = any("SequenceClassification" in str(name) for name in architectures)
     if scored and not classifies:
         yield f"{key}={path}: is not a reward model but {_listed(architectures)}: train one with stage=rm"
-    elif scored and len(entries.get("id2label") or [0]) != 1:
-        yield f"{key}={path}: tells {len(entries['id2label'])} classes apart; a reward model gives one number"
+    elif scored and isinstance(labels, dict) and len(labels) > 1:
+        yield f"{key}={path}: tells {len(labels)} classes apart; a reward model gives one number"
     elif not scored and classifies:
         yield f"{key}={path}: is a reward model ({_listed(architectures)}), which cannot write: give a language model"
-    if not any(directory.glob("*.safetensors")) and not any(directory.glob("*.bin")):
-        yield f"{key}={path}: holds no weights (*.safetensors)"
 
 
 def _listed(names: list[Any]) -> str:

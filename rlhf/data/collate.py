@@ -45,9 +45,10 @@ def collate_sft(rows: Sequence[Row], *, pad_id: int) -> SFTBatch:
     return SFTBatch(sequence_ids=sequence_ids, attention_mask=attention_mask, loss_mask=attention_mask & is_response)
 
 
-def collate_pairs(rows: Sequence[Row], *, pad_id: int) -> PreferenceBatch:
-    """Join the prompt with each of its two answers and right-pad all of them to one length."""
-    sides = {side: [[*row["prompt_ids"], *row[f"{side}_ids"]] for row in rows] for side in ("chosen", "rejected")}
+def collate_pairs(rows: Sequence[Row], *, pad_id: int, tail: Sequence[int] = ()) -> PreferenceBatch:
+    """Join the prompt with each of its two answers, and with a `tail` behind them; right-pad all to one length."""
+    names = ("chosen", "rejected")
+    sides = {side: [[*row["prompt_ids"], *row[f"{side}_ids"], *tail] for row in rows] for side in names}
     length = max(len(sequence) for sequences in sides.values() for sequence in sequences)
     chosen_ids, chosen_mask = pad(sides["chosen"], pad_id=pad_id, length=length)
     rejected_ids, rejected_mask = pad(sides["rejected"], pad_id=pad_id, length=length)

@@ -1,5 +1,6 @@
 """From an engine to a Hugging Face model directory that plain transformers loads."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ def export_model(
     directory: Path,
     *,
     prefix: str = "",
-    extra_config: dict[str, Any] | None = None,
+    finish: Callable[[Path], None] | None = None,
     adapter_directory: Path | None = None,
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
@@ -33,7 +34,7 @@ def export_model(
         tokenizer: saved beside the weights.
         directory: created; it appears whole or not at all.
         prefix: what the module's parameter names have in front of the model's, e.g. "classifier.".
-        extra_config: further entries of config.json.
+        finish: called with the directory before it is put in its place, to add to what is there.
     """
     if engine.zero_optimization_partition_weights():
         state = engine._zero3_consolidated_16bit_state_dict()
@@ -45,12 +46,12 @@ def export_model(
         if is_adapted(model):
             export_adapter(model, weights, adapter_directory or directory.with_name("adapter"))
             weights = merged_weights(model, weights)
-        for key, value in (extra_config or {}).items():
-            setattr(model.config, key, value)
         model.config.dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
         with whole_directory(directory) as partial:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            if finish is not None:
+                finish(partial)
     barrier()
 
 

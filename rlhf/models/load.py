@@ -9,15 +9,16 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     GenerationConfig,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from rlhf.config.errors import ConfigError
+from rlhf.models.door import load_config, load_model
 from rlhf.models.head import make_answerable
 
 
@@ -34,9 +35,7 @@ def load_causal_lm(
     Sampling defaults that the model carries in generation_config.json are dropped: what is sampled is what the run's
     configuration says.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation=attention, revision=revision, trust_remote_code=False
-    )
+    model = load_model(AutoModelForCausalLM, directory, revision=revision, dtype=dtype, attn_implementation=attention)
     fit_embedding(model, tokenizer)
     set_special_tokens(model, tokenizer)
     make_answerable(model)
@@ -111,20 +110,18 @@ def load_scalar_model(
     Raises:
         ConfigError: the architecture has no sequence classifier with a `score` head in transformers.
     """
-    config = AutoConfig.from_pretrained(directory, revision=revision, num_labels=1, trust_remote_code=False)
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(
-            directory,
-            config=config,
-            dtype=dtype,
-            attn_implementation=attention,
-            revision=revision,
-            trust_remote_code=False,
-        )
-    except ValueError as error:
-        if "Unrecognized configuration class" not in str(error):
-            raise
-        raise ConfigError(f"{directory}: transformers has no sequence classifier for {config.model_type}") from error
+    config = load_config(directory, revision=revision, num_labels=1)
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise ConfigError(f"{directory}: transformers has no sequence classifier for {config.model_type}")
+    model = load_model(
+        AutoModelForSequenceClassification,
+        directory,
+        may_lack=() if _classifies(config) else ("score.weight",),
+        revision=revision,
+        config=config,
+        dtype=dtype,
+        attn_implementation=attention,
+    )
     if not isinstance(getattr(model, "score", None), nn.Linear):
         raise ConfigError(
             f"{directory}: the sequence classifier of {config.model_type} has no linear head named 'score'"
@@ -146,7 +143,10 @@ def disable_dropout(model: nn.Module) -> None:
 
 def has_scalar_head(directory: Path) -> bool:
     """Whether a model directory holds a trained sequence classifier."""
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    return _classifies(load_config(directory))
+
+
+def _classifies(config: PreTrainedConfig) -> bool:
     return any("SequenceClassification" in name for name in config.architectures or [])
 
 

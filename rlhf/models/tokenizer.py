@@ -10,12 +10,15 @@ import importlib.util
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import ConfigError, MissingExtraError
+from rlhf.config.model_directory import check_tokenizer_files
 from rlhf.config.schema import ModelConfig, WeightSource
 from rlhf.config.writing import whole_directory
+from rlhf.models.door import check_tokenizer, reason
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -45,6 +48,8 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     from transformers import PreTrainedTokenizerFast
 
     directory = Path(name_or_path)
+    if directory.is_dir():
+        check_tokenizer_files(directory)
     try:
         if (directory / "tokenizer.json").is_file():
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
@@ -53,12 +58,13 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
         from transformers import AutoTokenizer
 
         return AutoTokenizer.from_pretrained(str(name_or_path), revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0]
+    except BaseException as error:  # What native code raises is no Exception.
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
         if directory.is_dir():
-            raise ConfigError(f"{directory} holds no tokenizer that can be loaded: {reason}") from error
+            raise ConfigError(f"{directory} holds no tokenizer that can be loaded: {reason(error)}") from error
         raise ConfigError(
-            f"the tokenizer of {name_or_path} (revision {revision or 'main'}) could not be loaded: {reason}\n"
+            f"the tokenizer of {name_or_path} (revision {revision or 'main'}) could not be loaded: {reason(error)}\n"
             "Check the name and the connection to the Hugging Face hub, or give model.path a local directory"
         ) from error
 
@@ -153,6 +159,10 @@ def _directory_digest(directory: Path) -> str:
     return _digest([(file.name, hashlib.blake2b(file.read_bytes()).hexdigest()) for file in files if file.is_file()])
 
 
+def _versions() -> list[str]:
+    return [metadata.version(package) for package in ("transformers", "tokenizers")]
+
+
 def prepare_tokenizer(
     model: ModelConfig, *, texts: Callable[[], Iterator[str]], fingerprint: str, cache_dir: Path
 ) -> Path:
@@ -177,6 +187,8 @@ def prepare_tokenizer(
         local = Path(model.path)
         content = _directory_digest(local) if local.is_dir() else (model.path, model.revision)
         identity = (content, model.chat_template, DEFAULT_TEMPLATE)
+        if local.is_dir():
+            check_tokenizer(local, marker=cache_dir / "models" / f"tried-{_digest([content, *_versions()])}")
     target = cache_dir / "models" / f"{model.name or 'model'}-{_digest(identity)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -227,6 +239,11 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[lis
     return encoded
 
 
+def special_ids(tokenizer: Any) -> frozenset[int]:
+    """The ids of every control token."""
+    return frozenset(tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer)))
+
+
 def _special_tokens(tokenizer: Any) -> list[str]:
     """Every text that the tokenizer would turn into a control token, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
@@ -234,12 +251,10 @@ def _special_tokens(tokenizer: Any) -> list[str]:
 
 
 def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
-    from jinja2 import TemplateError
-
     try:
         texts: list[str] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise ConfigError(f"the chat template fails: {error}. Mend it, or set model.chat_template") from error
+    except Exception as error:  # A template is a program, which may divide by zero.
+        raise ConfigError(f"the chat template fails: {reason(error)}. Mend it, or set model.chat_template") from error
     if not all(texts):
         raise ConfigError("the chat template makes nothing of a prompt: mend it, or set model.chat_template")
     return texts
@@ -309,13 +324,11 @@ def template_agrees(tokenizer: Any, messages: Sequence[Any], response: str) -> b
 
     Of a conversation that the template refuses nothing is known: True.
     """
-    from jinja2 import TemplateError
-
     turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
         whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
         parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
-    except (TemplateError, TypeError, ConfigError):
+    except Exception:
         return True
     whole_ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
     return whole_ids[: len(parts)] == parts

@@ -1,9 +1,9 @@
 """What a configured model looks like, without loading it: from its YAML, its own sizes, or a config.json."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.model_files import ModelFileError, read_object
 from rlhf.config.schema import ArchitectureConfig, ModelConfig, WeightSource
 
 # transformers leaves out of a config.json what equals the class's default.
@@ -38,10 +38,10 @@ def architecture_of(model: ModelConfig) -> ArchitectureConfig | None:
 def from_directory(directory: Path) -> ArchitectureConfig | None:
     """Read a model directory's config.json; None if there is none or its family is not known here."""
     try:
-        entries = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        entries = read_object(directory / "config.json")
+    except ModelFileError:
         return None
-    family = entries.get("model_type") if isinstance(entries, dict) else None
+    family = entries.get("model_type")
     if family not in FAMILIES:
         return None
     hidden_size = _number(entries, "hidden_size", "n_embed")
@@ -65,4 +65,5 @@ def from_directory(directory: Path) -> ArchitectureConfig | None:
 
 
 def _number(entries: dict[str, Any], *names: str) -> int:
-    return next((value for name in names if isinstance(value := entries.get(name), int)), 0)
+    """A size, 0 if there is none or none that makes sense."""
+    return next((value for name in names if type(value := entries.get(name)) is int and 0 < value < 2**31), 0)

@@ -1,6 +1,8 @@
 """From sampled responses to scores and experience."""
 
 from dataclasses import dataclass
+from functools import partial
+from itertools import compress
 from typing import Any
 
 import torch
@@ -12,8 +14,9 @@ from rlhf.batch import PromptBatch, Rollout
 from rlhf.config.errors import DataError
 from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
-from rlhf.models.tokenizer import encode_prompts
-from rlhf.rollout.forward import in_groups, sequence_scores
+from rlhf.models.score_rule import ScoreRule, closed, end_id
+from rlhf.models.tokenizer import encode_prompts, special_ids
+from rlhf.rollout.forward import sequence_scores
 from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.scorers import ScoreFunction, checked_scores
 from rlhf.rollout.shaping import Scorer
@@ -21,50 +24,52 @@ from rlhf.rollout.shaping import Scorer
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModelScorer:
-    """A reward model's scores, less `mean` and divided by `std`.
+    """A reward model's scores, less `rule.mean` and divided by `rule.std`.
 
-    `reward_tokenizer` is the reward model's where it differs from the policy's `tokenizer`: the answers are then
-    turned into text and encoded anew, through the reward model's own chat template.
+    Answers that came to their end are closed as the model's chat template does it, `rule.tail` included; those that
+    were cut off are scored at their last token (`scorer.missing_eos_penalty` is for them). `reward_tokenizer` is the
+    reward model's where it differs from the policy's `tokenizer`: the answers are then turned into text and encoded
+    anew, through the reward model's own chat template.
     """
 
     engine: Any
-    mean: float
-    std: float
+    rule: ScoreRule
     micro_batch_size: int
     tokenizer: PreTrainedTokenizerBase
     reward_tokenizer: PreTrainedTokenizerBase | None
 
     def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
         """The scores of the responses to the prompts."""
+        tokenizer = self.reward_tokenizer or self.tokenizer
+        ended = ended_with_eos(rollout, eos_id=int(self.tokenizer.eos_token_id)).tolist()
         if self.reward_tokenizer is not None:
-            raw = self._raw_of_text(prompts, rollout, self.reward_tokenizer)
+            sequences = encode_anew(prompts, response_texts(rollout, self.tokenizer), ended, self.reward_tokenizer)
         else:
-            raw = in_groups(
-                lambda part: sequence_scores(self.engine, part.sequence_ids, part.attention_mask),
-                rollout,
-                equal_groups(rollout.attention_mask.sum(dim=1), self.micro_batch_size),
-            )
-        return (raw - self.mean) / self.std
+            rows = zip(rollout.sequence_ids.tolist(), rollout.attention_mask.tolist(), strict=True)
+            sequences = [list(compress(ids, mask)) for ids, mask in rows]
+        eos_id = end_id(tokenizer)
+        close = partial(closed, eos_id=eos_id, ends=special_ids(tokenizer) - {eos_id}, tail=self.rule.tail)
+        sequences = [close(ids) if end else ids for ids, end in zip(sequences, ended, strict=True)]
+        raw = self._raw(sequences, pad_id=int(tokenizer.pad_token_id), device=rollout.sequence_ids.device)
+        return (raw - self.rule.mean) / self.rule.std
 
     @torch.no_grad()
-    def _raw_of_text(
-        self, prompts: PromptBatch, rollout: Rollout, reward_tokenizer: PreTrainedTokenizerBase
-    ) -> Float[Tensor, " B"]:
-        ended = ended_with_eos(rollout, eos_id=int(self.tokenizer.eos_token_id))
-        sequences = encode_anew(prompts, response_texts(rollout, self.tokenizer), ended.tolist(), reward_tokenizer)
-        self._check_length(max(len(sequence) for sequence in sequences))
-        device = rollout.sequence_ids.device
-        ids, mask = (part.to(device) for part in pad(sequences, pad_id=int(reward_tokenizer.pad_token_id)))
-        size = self.micro_batch_size
-        parts = zip(torch.split(ids, size), torch.split(mask, size), strict=True)
-        return torch.cat([sequence_scores(self.engine, part_ids, part_mask) for part_ids, part_mask in parts])
+    def _raw(self, sequences: list[list[int]], *, pad_id: int, device: torch.device) -> Float[Tensor, " B"]:
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        self._check_length(int(lengths.max()))
+        raw = torch.empty(len(sequences), device=device)
+        for group in equal_groups(lengths, self.micro_batch_size):
+            ids, mask = (part.to(device) for part in pad([sequences[row] for row in group.tolist()], pad_id=pad_id))
+            raw[group.to(device)] = sequence_scores(self.engine, ids, mask)
+        return raw
 
     def _check_length(self, longest: int) -> None:
         limit = getattr(self.engine.module.classifier.config, "max_position_embeddings", None)
         if limit is not None and longest > limit:
             raise DataError(
-                f"an answer with its prompt takes {longest} tokens of the reward model's tokenizer, but that model has "
-                f"{limit} positions: lower data.max_prompt_length or data.max_response_length"
+                f"an answer with its prompt takes {longest} tokens of the reward model, with what its chat template "
+                f"writes behind the answer, but it has {limit} positions: lower data.max_prompt_length or "
+                "data.max_response_length"
             )
 
 

@@ -7,11 +7,15 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.roles import roles_of
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
 from rlhf.data.sources import source_module
 from rlhf.data.split import PTX, STAGES
+from rlhf.models.score_rule import score_tail
 from rlhf.models.tokenizer import load_tokenizer, prepare_tokenizer
+from rlhf.planner.architecture import architecture_of
+from rlhf.planner.memory import role_model, substages
 from rlhf.stages.best_of_n.config import BestOfNConfig
 from rlhf.stages.dpo.config import DPOConfig
 from rlhf.stages.pipeline.config import PipelineConfig
@@ -135,10 +139,30 @@ def check_stops(config: Config, tokenizer: Any) -> None:
         )
 
 
+def check_tail(config: Config, tokenizer: Any) -> None:
+    """Raise ConfigError where what the chat template writes behind the longest answer does not fit a reward model.
+
+    An answer that a text of rollout.stop ends is scored with EOS behind it.
+    """
+    tail = len(score_tail(tokenizer)) + bool(config.rollout.stop)
+    response = max(config.rollout.max_new_tokens or 0, config.data.max_response_length)
+    needed = config.data.max_prompt_length + response + tail
+    for stage in substages(config.stage):
+        for role in roles_of(config, stage):
+            sizes = architecture_of(role_model(config, stage, role)) if role.scalar and role.name != "critic" else None
+            if tail and sizes is not None and 0 < sizes.max_positions < needed:
+                raise ConfigError(
+                    f"data.max_response_length={config.data.max_response_length}: the longest answer with its prompt "
+                    f"and the {tail} tokens behind it that are scored with it has {needed} tokens, but the reward "
+                    f"model {sizes.max_positions} positions: lower data.max_prompt_length or data.max_response_length"
+                )
+
+
 def preflight(config: Config) -> Preflight:
     """What `prepare` does, and a check that every stage has the rows that it needs and can end its answers."""
     prepared = prepare(config)
     check_sizes(prepared.data, config.stage)
+    check_tail(config, load_tokenizer(prepared.reward_tokenizer_dir))
     if (config.rollout.stop or config.rollout.stop_tokens) and not isinstance(config.stage, RMConfig):
         check_stops(config, load_tokenizer(prepared.tokenizer_dir))
     return prepared

@@ -1,6 +1,5 @@
 """What scores a run's responses: its reward models as DeepSpeed engines, or a function of texts."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from rlhf.engine.build import DTYPES, partitioned_loading
 from rlhf.engine.distributed import world_size
 from rlhf.engine.heads import new_head
 from rlhf.models.load import ScalarModel, disable_dropout, has_scalar_head, load_scalar_model
+from rlhf.models.score_rule import ScoreRule, read_score_rule
 from rlhf.models.tokenizer import load_tokenizer
 from rlhf.rollout.score import RewardModelScorer, TextScorer, WeightedScorer
 from rlhf.rollout.scorers import score_function
@@ -24,12 +24,11 @@ from rlhf.stages.policy import finish_engine
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RewardModel:
-    """A frozen reward model: its engine, its weight in the score, and the statistics stored with it."""
+    """A frozen reward model: its engine, its weight in the score, and the rule that is stored with it."""
 
     engine: Any
     weight: float
-    mean: float
-    std: float
+    rule: ScoreRule
 
 
 def load_reward_models(config: Config, first: str | None, tokenizer: PreTrainedTokenizerBase) -> list[RewardModel]:
@@ -57,15 +56,9 @@ def _load(config: Config, role: Role, path: str, tokenizer: PreTrainedTokenizerB
             f"{path} has another tokenizer than {whose}: it would score other text (in a loop of your own give "
             "reward_tokenizer=)"
         )
+    rule = read_score_rule(Path(path), tokenizer, normalize=config.scorer.normalize is Normalize.model)
     _, engine = build_scalar(config, role, path, tokenizer, total_steps=1)
-    stored = json.loads((Path(path) / "config.json").read_text(encoding="utf-8"))
-    if config.scorer.normalize is Normalize.model and "score_std" not in stored:
-        raise ConfigError(
-            f"{path}/config.json has no score_mean and score_std, which stage=rm writes: set scorer.normalize=running, "
-            "or off"
-        )
-    mean, std = float(stored.get("score_mean", 0.0)), float(stored.get("score_std", 1.0))
-    return RewardModel(engine=engine, weight=weight, mean=mean, std=std)
+    return RewardModel(engine=engine, weight=weight, rule=rule)
 
 
 def build_scalar(
@@ -98,14 +91,12 @@ def build_scorer(
     """The reward models, weighted, or the function of texts that the options name."""
     if options.kind != REWARD_MODEL:
         return TextScorer(function=score_function(options), name=f"scorer={options.kind}", tokenizer=tokenizer)
-    stored = options.normalize is Normalize.model
     members = tuple(
         (
             model.weight,
             RewardModelScorer(
                 engine=model.engine,
-                mean=model.mean if stored else 0.0,
-                std=model.std if stored else 1.0,
+                rule=model.rule,
                 micro_batch_size=micro_batch_size,
                 tokenizer=tokenizer,
                 reward_tokenizer=reward_tokenizer,

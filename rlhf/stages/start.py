@@ -13,8 +13,10 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
+from rlhf.config.model_directory import own_code
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
-from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
+from rlhf.config.roles import roles_of
+from rlhf.config.schema import REWARD_MODEL, Config, LauncherKind, Mode, Normalize, Reuse, StageConfig
 from rlhf.config.storage import storage_problem
 from rlhf.config.terminal import shown, steer
 from rlhf.config.validate import find_problems, raise_problems
@@ -36,6 +38,7 @@ from rlhf.launcher.rundir import (
     write_files,
 )
 from rlhf.launcher.store import FOLDER, StageStore
+from rlhf.models.score_rule import check_statistics, statistics_problem
 from rlhf.planner.adapters import adapter_problems
 from rlhf.planner.lengths import directory_problems, length_problems, packing_problems
 from rlhf.planner.memory import (
@@ -47,6 +50,7 @@ from rlhf.planner.memory import (
     ranks_of,
     rollout_problems,
     stage_memory,
+    substages,
 )
 from rlhf.rollout.scorers import scorer_problems
 from rlhf.rollout.scorers.function import check_reference
@@ -113,7 +117,39 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     problems += launcher_problems(config)
     problems += machine_problems(config, machine)
     problems += backend_problems(config)
+    problems += statistics_problems(config)
     raise_problems(located(problem, dict(origins)) for problem in problems)
+
+
+def reward_directories(config: Config) -> Iterator[tuple[str, Path]]:
+    """The key and directory of each reward model that is there already and whose own statistics normalise its scores.
+
+    A pipeline's own reward model is not there yet.
+    """
+    scoring = any(role.name == REWARD_MODEL for stage in substages(config.stage) for role in roles_of(config, stage))
+    if not scoring or config.scorer.normalize is not Normalize.model:
+        return
+    first = getattr(config.stage, "reward_model", None)
+    keyed = [*([("stage.reward_model", first)] if first else []), *(("scorer.others", p) for p in config.scorer.others)]
+    yield from ((key, Path(path)) for key, path in keyed if (Path(path) / "config.json").is_file())
+
+
+def statistics_problems(config: Config) -> Iterator[str]:
+    """Which reward models lack the numbers that their scores are normalised by."""
+    for key, directory in reward_directories(config):
+        try:
+            problem = statistics_problem(directory)
+        except ConfigError:
+            continue  # A config.json that cannot be read is told by itself.
+        if problem:
+            yield f"{key}={directory}: {problem.removeprefix(f'{directory}/')}"
+
+
+def code_notes(config: Config) -> Iterator[str]:
+    """Which models bring code of their own, which is not run."""
+    given = [config.model.path, config.reward_model.path, *(str(path) for _, path in reward_directories(config))]
+    for path in dict.fromkeys(path for path in given if path is not None and own_code(Path(path))):
+        yield f"note: {path} brings code of its own (auto_map), which is never run: transformers' own model is used"
 
 
 def backend_problems(config: Config) -> Iterator[str]:
@@ -228,7 +264,9 @@ def run(config: Config, runs: list[StageRun], machine: Machine, *, in_sweep: boo
     from rlhf.stages.inputs import stage_inputs
     from rlhf.stages.preflight import preflight
 
-    for note in preflight(config).notes:
+    for _, directory in reward_directories(config):
+        check_statistics(directory)
+    for note in [*code_notes(config), *preflight(config).notes]:
         print(note, flush=True)
     with claimed(run_dir, name=_lock_name(config)):
         if goes_on(config, runs, run_dir, anew=anew, changed=changed):

@@ -136,7 +136,7 @@ def model_directory(folder: Path, entries: dict[str, Any], *, weights: bool = Tr
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(entries))
     if weights:
-        (folder / "model.safetensors").touch()
+        (folder / "model.safetensors").write_bytes(NO_TENSORS)
     return folder
 
 
@@ -144,6 +144,8 @@ SIZES = {"model_type": "opt", "num_hidden_layers": 4, "hidden_size": 192, "max_p
 SIZES |= {"num_attention_heads": 3, "vocab_size": 2048, "ffn_dim": 768}
 WRITES = {**SIZES, "architectures": ["OPTForCausalLM"]}
 SCORES = {**SIZES, "architectures": ["OPTForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
+SCORES |= {"score_mean": 0.0, "score_std": 1.0, "score_weights": "of the weights"}
+NO_TENSORS = b"\2\0\0\0\0\0\0\0{}"  # A safetensors file.
 
 
 def test_model_directories_are_looked_at(tmp_path: Path) -> None:
@@ -153,7 +155,7 @@ def test_model_directories_are_looked_at(tmp_path: Path) -> None:
     model = model_directory(tmp_path / "rm" / "model", SCORES, weights=False)
     assert f"did you mean {tmp_path}/rm/model?" in problems("stage=ppo", given)[0]
     assert "holds no weights" in problems("stage=ppo", f"{given}/model")[0]
-    (model / "model.safetensors").touch()
+    (model / "model.safetensors").write_bytes(NO_TENSORS)
     assert problems("stage=ppo", f"{given}/model") == []
     assert "did you mean model?" in problems("stage=rm", f"stage.sft_model={tmp_path}/rm/modle")[0]
     assert "is a reward model" in problems("stage=rm", f"stage.sft_model={model}")[0]
@@ -168,7 +170,7 @@ def test_model_directories_are_looked_at(tmp_path: Path) -> None:
 
 def test_a_directory_made_from_another_model_is_noticed(tmp_path: Path) -> None:
     """Else the chosen model's tuned values would be used for it."""
-    model = model_directory(tmp_path / "sft" / "model", {**WRITES, "hidden_size": 64})
+    model = model_directory(tmp_path / "sft" / "model", {**WRITES, "hidden_size": 64, "num_attention_heads": 2})
     (found,) = problems("stage=rm", f"stage.sft_model={model}")
     assert "holds opt with 4 layers of width 64, but model=tiny is opt with 4 layers of width 192" in found
     write_config(composed("stage=sft", "model=smollm2-135m"), tmp_path / "sft" / "config.yaml")

@@ -7,6 +7,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, OPTForSequenceClassification, PreTrainedTokenizerFast
 
+from rlhf.models.score_rule import write_score_rule
+
 
 def make_models(folder: Path) -> None:
     """A policy and a reward model of a few thousand parameters, with dropout in their configuration."""
@@ -34,10 +36,10 @@ def make_models(folder: Path) -> None:
     )
     OPTForCausalLM(OPTConfig(**sizes)).save_pretrained(folder / "policy")
     reward = OPTForSequenceClassification(OPTConfig(num_labels=1, **sizes))
-    reward.config.score_mean, reward.config.score_std = 0.25, 1.5
     reward.save_pretrained(folder / "reward")
     for name in ("policy", "reward"):
         tokenizer.save_pretrained(folder / name)
+    write_score_rule(folder / "reward", tokenizer, mean=0.25, std=1.5)
     make_other_reward_model(folder / "other_reward", words, sizes)
 
 

@@ -205,6 +205,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
         (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b or "),
         (["mode=plan", "launcher.hostfile=hosts"], "launcher=local uses this machine only"),
         (["mode=plan", "memory.critic.offload_parameters=true"], "needs ZeRO stage 3 for that role"),
+        (["mode=plan", "model=hf", "model.path=odd"], "config.json holds a list where an object belongs"),
         (["mode=plan", "model=hf", "model.path=odd"], "its config.json holds no mapping"),
         (["mode=plan", "hydra.run.dir=out"], "hydra.run.dir: a run is written to run_dir: give run_dir="),
     ],

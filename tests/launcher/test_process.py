@@ -1,5 +1,7 @@
 """The wrapper around the real DeepSpeed launcher, with ranks that end in every way that ranks can end."""
 
+import errno
+import json
 import os
 import shutil
 import signal
@@ -11,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.__main__ import record_error
+from rlhf.config.errors import ConfigError
 from rlhf.launcher.command import PROJECT
 from rlhf.launcher.processes import remove_shared_memory
 from rlhf.launcher.watchdog import start_time
@@ -152,3 +156,17 @@ def test_a_rank_that_launch_py_did_not_start_ends_when_it_is_told_to(tmp_path: P
     assert rank.poll() is None
     (tmp_path / "stop").touch()
     assert rank.wait(timeout=20) == -signal.SIGKILL
+
+
+def test_a_rank_that_fails_after_its_model_is_written_says_where_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "errors" / "rank0.json"
+    full = OSError(errno.ENOSPC, "No space left on device", str(tmp_path / "samples.jsonl"))
+    record_error(path, full)
+    facts = json.loads(path.read_text())
+    assert facts["user_error"] and facts["message"] == f"{tmp_path}/samples.jsonl cannot be written: {full.strerror}"
+    (tmp_path / "model").mkdir()
+    for error in (full, ValueError("odd")):
+        record_error(path, error)
+        assert json.loads(path.read_text())["message"].endswith(f"written before is whole: {tmp_path}/model")
+    record_error(path, ConfigError("a mistake"))
+    assert json.loads(path.read_text())["message"] == "a mistake"

@@ -51,6 +51,8 @@ def run(config: Config, run_dir: Path) -> None:
         finding = record.iteration(step=iteration, sources=prompt_train_dataloader.source_counts)
         if finding is not None:
             stop(session, finding, step=iteration)
+        if iteration == stage.iterations:
+            export(session, engine)  # Before anything else may fail.
         if iteration % stage.eval_every == 0 or iteration == stage.iterations:
             averaged = engine.average is not None and stage.ema.final_evaluation and iteration == stage.iterations
             with engine.average.in_place() if engine.average is not None and averaged else nullcontext():
@@ -61,7 +63,6 @@ def run(config: Config, run_dir: Path) -> None:
             if iteration < stage.iterations:
                 export(session, engine)  # What is left of a run that is stopped or killed.
 
-    export(session, engine)
     session.finish(before=before, after=latest)
 
 

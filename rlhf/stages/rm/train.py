@@ -19,6 +19,7 @@ from rlhf.engine.heads import new_head
 from rlhf.engine.update import Objective, optimizer_step
 from rlhf.functional.losses import preference_loss
 from rlhf.models.load import ScalarModel, load_scalar_model
+from rlhf.models.score_rule import score_tail, write_score_rule
 from rlhf.rollout.forward import sequence_scores
 from rlhf.stages.rm.config import RMConfig
 from rlhf.stages.session import Session, adapt, count_steps, enable_checkpointing, open_session, record_step
@@ -31,7 +32,7 @@ def run(config: Config, run_dir: Path) -> None:
     loader = GlobalLoader(
         session.data.part("rm", held_out=False),
         batch_size=stage.batch_size,
-        collate=partial(collate_pairs, pad_id=session.pad_id),
+        collate=partial(collate_pairs, pad_id=session.pad_id, tail=score_tail(session.tokenizer)),
         seed=config.seed,
         rank=session.rank,
         ranks=session.ranks,
@@ -113,7 +114,7 @@ def evaluate(session: Session, engine: Any, *, step: int) -> dict[str, float]:
     batches = eval_batches(
         rows.select(range(min(stage.eval_examples, len(rows)))),
         batch_size=stage.micro_batch_size_per_gpu * 2,
-        collate=partial(collate_pairs, pad_id=session.pad_id),
+        collate=partial(collate_pairs, pad_id=session.pad_id, tail=score_tail(session.tokenizer)),
         rank=session.rank,
         ranks=session.ranks,
     )
@@ -142,7 +143,8 @@ def record_samples(session: Session, engine: Any, *, step: int, count: int = 10)
     """A few held-out pairs with their scores."""
     rows = session.data.part("rm", held_out=True)
     rows = rows.select(range(min(count, len(rows)))).to_list()
-    batch = collate_pairs(rows, pad_id=session.pad_id).to(session.device)
+    tail = score_tail(session.tokenizer)
+    batch = collate_pairs(rows, pad_id=session.pad_id, tail=tail).to(session.device)
     chosen, rejected = pair_scores(engine, batch)
     session.recorder.samples(
         step,
@@ -160,12 +162,13 @@ def record_samples(session: Session, engine: Any, *, step: int, count: int = 10)
 
 
 def export_reward_model(session: Session, engine: Any, model: ScalarModel, values: dict[str, float]) -> None:
-    """Save the sequence classifier; its config.json keeps the mean and deviation of held-out reference scores."""
+    """Save the sequence classifier; its config.json says where scores are read and how held-out ones are spread."""
+    mean, std = values["eval/score_mean"], values["eval/score_std"]
     export_model(
         engine,
         model.classifier,
         session.tokenizer,
         session.run_dir / "model",
         prefix=ScalarModel.prefix,
-        extra_config={"score_mean": values["eval/score_mean"], "score_std": values["eval/score_std"]},
+        finish=lambda directory: write_score_rule(directory, session.tokenizer, mean=mean, std=std),
     )
