@@ -1,5 +1,6 @@
 """From an engine to a Hugging Face model directory that plain transformers loads."""
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -10,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rlhf.engine.distributed import barrier, rank
+from rlhf.models.load import SAMPLING_DEFAULTS
 from rlhf.models.lora import adapter_config, adapter_weights, is_adapted, merged_weights
 
 
@@ -25,6 +27,8 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
 
+    generation_config.json says what ends an answer. The sampling defaults of the model that it was trained from stand
+    beside it, in sampling_defaults.json: they were found for other weights.
     An adapted model is written merged, and its adapters, as peft reads them, to `adapter_directory`: by default one
     beside it that is called adapter.
 
@@ -53,6 +57,8 @@ def export_model(
         model.config.dtype = next(value.dtype for value in weights.values() if value.is_floating_point())
         model.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
+        if defaults := getattr(model, "sampling_defaults", None):
+            (partial / SAMPLING_DEFAULTS).write_text(json.dumps(defaults, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(directory, ignore_errors=True)
         os.replace(partial, directory)
     barrier()
