@@ -13,14 +13,14 @@ _LONGEST = 2**20  # Bytes of a template's file: the longest ones that are publis
 def chat_template_text(value: str | None, *, key: str = "model.chat_template") -> str | None:
     """The chat template itself, or that of the file that is named instead; raises ConfigError.
 
-    What contains a brace or a line break is a template, and everything else a path.
+    What contains {{ or {% is a template, and everything else a path.
     """
-    if not value or "{" in value or "\n" in value:
+    if not value or _is_template(value):
         return value or None
     try:
         path = Path(value).expanduser()
         if not path.is_file():
-            raise ConfigError(f"{key}={value}: there is no such file, and a Jinja template has braces")
+            raise ConfigError(f"{key}={value}: there is no such file, and a template has {{{{ or {{%")
         if path.stat().st_size > _LONGEST:
             raise ConfigError(f"{key}={value}: the file has more than {_LONGEST} bytes: that is no chat template")
         text = path.read_text(encoding="utf-8-sig")
@@ -30,9 +30,13 @@ def chat_template_text(value: str | None, *, key: str = "model.chat_template") -
         raise ConfigError(f"{key}={value}: the file is not UTF-8 text: {error.reason}") from error
     except RuntimeError as error:  # Of expanduser.
         raise ConfigError(f"{key}={value}: {error}") from error
-    if "{" not in text:
-        raise ConfigError(f"{key}={value}: the file holds no Jinja template: there is no brace in it")
+    if not _is_template(text):
+        raise ConfigError(f"{key}={value}: the file holds no Jinja template: neither {{{{ nor {{% is in it")
     return text
+
+
+def _is_template(text: str) -> bool:
+    return "{{" in text or "{%" in text
 
 
 def template_problems(config: Config) -> Iterator[str]:

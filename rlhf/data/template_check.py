@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError
 from rlhf.data.conversation import Conversation
-from rlhf.models.template import any_of, end_of_turn, rendered, special_tokens
+from rlhf.models.template import end_of_turn, finder, rendered, special_tokens
 from rlhf.models.tokenizer import template_agrees
 
 Shape = tuple[bool | int, ...]
@@ -78,21 +78,21 @@ class TemplateCheck:
 
     tokenizer: Any
     seen: dict[Shape, Conversation] = field(default_factory=dict)
-    _control: Any = None
+    _holds_control: Any = None
 
     def add(self, conversation: Conversation) -> None:
         """Remember a conversation if it is the first of its shape: turns, control tokens, white space at the ends."""
         if not conversation.messages:
             return
-        if self._control is None:
-            self._control = any_of(special_tokens(self.tokenizer))
+        if self._holds_control is None:
+            self._holds_control = finder(special_tokens(self.tokenizer))
         contents = [message.content for message in conversation.messages]
         answer = _answer(conversation)
         shape = (
             conversation.messages[0].role == "system",
             min(len(contents), 4),
-            any(map(self._control.search, contents)),
-            bool(self._control.search(answer)),
+            any(map(self._holds_control, contents)),
+            self._holds_control(answer),
             any(text != text.strip() for text in contents),
             answer != answer.strip(),
             not all(contents),

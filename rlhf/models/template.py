@@ -11,7 +11,7 @@ from typing import Any
 from rlhf.config.errors import ConfigError
 
 Turns = list[dict[str, Any]]
-_ANSWER = "\ue000"  # Stands for an answer: no template trims, capitalises or looks for it.
+_PROMPT, _ANSWER = "\ue001", "\ue000"  # Stand for contents: no template trims, capitalises or looks for them.
 _HINT = "Mend it, or set model.chat_template"
 
 
@@ -41,6 +41,12 @@ def any_of(texts: Sequence[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, texts)) or "(?!)")
 
 
+def finder(texts: Sequence[str]) -> Callable[[str], bool]:
+    """What tells whether a text contains any of some texts; fast where it has not even the beginning of one."""
+    pattern, beginnings = any_of(texts), {text[:2] for text in texts}
+    return lambda text: any(beginning in text for beginning in beginnings) and bool(pattern.search(text))
+
+
 def end_of_turn(tokenizer: Any) -> int:
     """The token that the template writes behind an answer, such as <|im_end|>; the tokenizer's EOS if it writes none.
 
@@ -49,20 +55,20 @@ def end_of_turn(tokenizer: Any) -> int:
     eos = int(tokenizer.eos_token_id)
     if not tokenizer.chat_template:
         return eos
-    turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": _ANSWER}]
+    turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
     try:
         (text,) = rendered(tokenizer, [turns], generation_prompt=False)
     except ConfigError:
         return eos
-    before, there, behind = text.rpartition(_ANSWER)
+    _, there, behind = text.rpartition(_ANSWER)
     # White space may be an added token, too (Gemma), and ends nothing.
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
     control = any_of(_longest_first({*tokenizer.all_special_tokens, *added}))
     found = control.search(behind) if there else None
     if found is None:
         return eos
-    # What opened the answer's turn opens another one: the template wrote no end between them.
-    opening = control.findall(before)[-1:]
+    # What opens turns and stands behind an answer opens another one: the template wrote no end between them.
+    opening = control.findall(text.partition(_PROMPT)[0])[-1:]
     token = int(tokenizer.convert_tokens_to_ids(found.group()))
     return eos if [found.group()] == opening and token != eos else token
 
@@ -113,16 +119,17 @@ def encoded(tokenizer: Any, conversations: Sequence[Turns], *, generation_prompt
     texts = rendered(tokenizer, conversations, generation_prompt=generation_prompt)
     ids = [list(each) for each in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     special = special_tokens(tokenizer)
-    control = any_of(special)
+    control, holds_one = any_of(special), finder(special)
     for index, turns in enumerate(conversations):
-        found = [token for text in _strings(turns) for token in control.findall(text)]
-        if found:
+        found = next(filter(holds_one, _strings(turns)), None)
+        if found is not None:
             hidden, show = _hidden(turns, special, control)
             (masked,) = rendered(tokenizer, [hidden], generation_prompt=generation_prompt)
             if show(masked) != texts[index]:
+                token = control.findall(found)[0]
                 raise ConfigError(
-                    f"a message contains {found[0]!r}, a control token, and the chat template changes the message: "
-                    "what is the template's and what is the message's cannot be told"
+                    f"a message contains {token!r}, a control token, and the chat template changes the message: what "
+                    "is the template's and what is the message's cannot be told"
                 )
             ids[index] = _encode_masked(tokenizer, masked, control, show)
     return ids

@@ -245,7 +245,8 @@ def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of plain texts: what the tokenizer itself puts before a text, such as BOS, and EOS at the end."""
     whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
-    first = whole[: next(start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)]
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    first = whole[: next(starts, 0)]
     return [[*first, *ids, tokenizer.eos_token_id] for ids in plain_ids(tokenizer, texts)]
 
 
