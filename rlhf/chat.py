@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory
@@ -125,14 +125,13 @@ class Chat:
         config = _transformers().GenerationConfig(
             max_new_tokens=limit,
             do_sample=sample,
-            # Any special token ends the turn: whatever follows one isn't part of the answer.
-            eos_token_id=sorted({*self.tokenizer.all_special_ids, self.tokenizer.eos_token_id}),
+            eos_token_id=self.model.generation_config.eos_token_id,
             pad_token_id=self.tokenizer.pad_token_id,
             suppress_tokens=list(beyond) or None,
             **sampling,
         )
         ids = torch.tensor([prompt_ids], device=self.model.device)
-        streamer = make_streamer(self.tokenizer, output)
+        streamer = make_streamer(self.tokenizer, output, ends=config.eos_token_id)
         try:
             self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer)
         except KeyboardInterrupt:
@@ -140,14 +139,22 @@ class Chat:
         return "".join(streamer.pieces)
 
 
-def make_streamer(tokenizer: Any, output: TextIO) -> Any:
-    """A transformers TextStreamer that writes finished text to `output`, ends it with a newline, and keeps it."""
+def make_streamer(tokenizer: Any, output: TextIO, *, ends: int | list[int]) -> Any:
+    """A transformers TextStreamer that writes finished text to `output`, ends it with a newline, and keeps it.
+
+    The `ends` of an answer are left out, special tokens or not.
+    """
     from transformers import TextStreamer
 
     class Streamer(TextStreamer):
         """Writes words as soon as no later token can change them. Special tokens are left out."""
 
         pieces: list[str]
+
+        def put(self, value: Any) -> None:
+            """Take the prompt, then one token after the other."""
+            if self.next_tokens_are_prompt or int(value[-1]) not in (ends if isinstance(ends, list) else [ends]):
+                cast(Any, super()).put(value)
 
         def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
             """Take the next piece of text."""
@@ -187,6 +194,7 @@ def load_chat(directory: Path, options: Options) -> Chat:
     import torch
 
     from rlhf.models.door import load_model
+    from rlhf.models.load import set_special_tokens
     from rlhf.models.tokenizer import complete_tokenizer, load_tokenizer
 
     library = _transformers()
@@ -197,8 +205,8 @@ def load_chat(directory: Path, options: Options) -> Chat:
     complete_tokenizer(tokenizer, chat_template=None)
     model = load_model(library.AutoModelForCausalLM, directory, dtype="auto")
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    # What isn't asked for here must not come from a file beside the weights.
-    model.generation_config = library.GenerationConfig()
+    # What ends an answer is the model's; nothing else that isn't asked for may come from a file beside the weights.
+    set_special_tokens(model, tokenizer)
     if options.seed is not None:
         torch.manual_seed(options.seed)
     chat = Chat(model=model, tokenizer=tokenizer, options=options)

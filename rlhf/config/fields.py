@@ -16,9 +16,12 @@ def option(
     return field(default=default, metadata={"doc": doc, "minimum": minimum, "above": above, "maximum": maximum})
 
 
-def option_factory(factory: Callable[[], Any], doc: str) -> Any:
-    """Declare a field whose default is built anew for every instance, with its documentation."""
-    return field(default_factory=factory, metadata={"doc": doc})
+def option_factory(factory: Callable[[], Any], doc: str, *, escapes: bool = False) -> Any:
+    """Declare a field whose default is built anew for every instance, with its documentation.
+
+    `escapes`: it is a list of texts in which the command line may write \\n, \\t, \\r and \\\\.
+    """
+    return field(default_factory=factory, metadata={"doc": doc, "escapes": escapes})
 
 
 def field_doc(declared: "Field[Any]") -> str:

@@ -37,8 +37,13 @@ class RolloutConfig:
         1.0, "Divides positive logits of tokens that occurred; 1 for none. Biases the PPO ratio.", above=0
     )
     min_new_tokens: int = option(0, "No stop token is drawn before. Biases the PPO ratio.", minimum=0)
-    stop_tokens: list[str] = option_factory(list, "Tokens that end a response, beside EOS.")
-    stop: list[str] = option_factory(list, "Texts that end a response; what completes them belongs to it.")
+    stop_tokens: list[str] = option_factory(list, "Tokens that end a response, beside EOS and the model's own list.")
+    stop: list[str] = option_factory(
+        list,
+        "Texts that end a response; what completes them belongs to it. On the command line \\n is a line break, \\t a "
+        "tab, \\r a carriage return and \\\\ a backslash, as in  'rollout.stop=[\"\\n\\n\"]'.",
+        escapes=True,
+    )
     max_new_tokens: int | None = option(
         None, "Longest response in tokens; null takes data.max_response_length.", minimum=1
     )

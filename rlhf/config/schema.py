@@ -117,7 +117,9 @@ class ModelConfig:
     gguf_file: str | None = option(None, "Name of the GGUF file inside the package.")
     extra: str | None = option(None, "The extra of this project that installs the package.")
     chat_template: str | None = option(
-        None, "Jinja chat template for a model that has none; null: named turns, one below the other."
+        None,
+        "Jinja chat template, or the path of a file with one; it wins over the tokenizer's own. null: the tokenizer's, "
+        "or else named turns, one below the other.",
     )
     attention: str = option("sdpa", "Attention implementation of transformers: eager, sdpa, flash_attention_2, …")
     scratch: ScratchConfig = option_factory(ScratchConfig, "The model to create (source=scratch).")
@@ -143,7 +145,9 @@ class SourceConfig:
         dict, "Where the format's columns are in the rows if they are called otherwise, as in  {prompt: question.text}."
     )
     markers: list[str] = option_factory(
-        list, "format=transcript: the user's and the assistant's mark; empty: those of Anthropic's HH."
+        list,
+        "format=transcript: the user's and the assistant's mark; empty: Anthropic's HH's. \\n is as in rollout.stop.",
+        escapes=True,
     )
     remove: str | None = option(None, "A regular expression of what is taken out of answers, such as citations.")
     keep: list[str] = option_factory(list, "Further columns that a scorer is given, such as a known answer.")

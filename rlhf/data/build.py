@@ -6,7 +6,7 @@ No more than a few thousand rows are in memory at a time, and 40 bytes of each r
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -25,7 +25,8 @@ from rlhf.data.encode import BAD_ROW, META, Encoded, Encoder
 from rlhf.data.mix import mix_order, mix_reports
 from rlhf.data.sources import LISTED_ROWS, read_source
 from rlhf.data.split import ALL_PARTS
-from rlhf.models.tokenizer import load_tokenizer, template_agrees
+from rlhf.data.template_check import TemplateCheck
+from rlhf.models.tokenizer import load_tokenizer
 
 CHUNK = 1000
 # Chunks that are tokenised here before it pays to start other processes, which takes seconds.
@@ -109,9 +110,9 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
     """Write the parts' rows and orders, counts.json and problems.jsonl into an empty directory."""
     with ExitStack() as stack:
         writer = _Writer(directory, stack)
-        probe: list[Conversation] = []
+        check = TemplateCheck(load_tokenizer(tokenizer_dir))
         try:
-            for encoded in _encoded(_read(data, writer.refuse, probe), data, tokenizer_dir):
+            for encoded in _encoded(_read(data, writer.refuse, check), data, tokenizer_dir):
                 writer.add(encoded)
         finally:
             writer.finish()
@@ -128,7 +129,7 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
         "dropped_by_source": _by_source(writer.tally.dropped),
         "truncated_by_source": _by_source(writer.tally.truncated),
         "mix": reports,
-        "template_agrees": _agrees(tokenizer_dir, probe),
+        "template": check.findings(),
     }
     (directory / "counts.json").write_text(json.dumps(counts, indent=1, ensure_ascii=False), encoding="utf-8")
 
@@ -147,14 +148,13 @@ def _by_source(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _read(data: DataConfig, refuse: Callable[[Refused], None], probe: list[Conversation]) -> Iterator[Conversation]:
+def _read(data: DataConfig, refuse: Callable[[Refused], None], check: TemplateCheck) -> Iterator[Conversation]:
     for name, source in data.sources.items():
         for entry in read_source(source, name=name, on_bad_row=data.on_bad_row):
             if isinstance(entry, Refused):
                 refuse(entry)
                 continue
-            if not probe and entry.messages:
-                probe.append(entry)
+            check.add(entry)
             yield entry
 
 
@@ -303,8 +303,3 @@ def _described(rows: NDArray[Any], sources: dict[str, int]) -> dict[str, Any]:
         "response_tokens": int(rows["tokens"].sum()),
         "sources": sources,
     }
-
-
-def _agrees(tokenizer_dir: Path, probe: Iterable[Conversation]) -> bool:
-    tokenizer = load_tokenizer(tokenizer_dir)
-    return all(template_agrees(tokenizer, one.messages, (one.chosen or "yes").strip()) for one in probe)

@@ -100,8 +100,9 @@ def _fingerprint(data: DataConfig, tokenizer_dir: Path) -> str:
     weights = {name: source.weight for name, source in data.sources.items()}
     limits = [data.max_prompt_length, data.max_response_length, data.on_long_prompt.name, data.sft_on_rejected]
     here = Path(__file__).parent
-    code = [(here / name).read_text(encoding="utf-8") for name in ("prepare.py", "build.py", "encode.py", "mix.py")]
-    code += [(here.parent / "models" / "tokenizer.py").read_text(encoding="utf-8")]
+    names = ("prepare.py", "build.py", "encode.py", "mix.py", "template_check.py")
+    code = [(here / name).read_text(encoding="utf-8") for name in names]
+    code += [(here.parent / "models" / name).read_text(encoding="utf-8") for name in ("tokenizer.py", "template.py")]
     code += [metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
     tokenizer = tokenizer_digest(load_tokenizer(tokenizer_dir))
     return _hash(code, content_fingerprint(data), weights, data.exhausted.name, limits, tokenizer)

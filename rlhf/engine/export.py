@@ -8,8 +8,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rlhf.config.writing import whole_directory
+from rlhf.config.writing import whole_directory, write_json
 from rlhf.engine.distributed import barrier, rank
+from rlhf.models.load import SAMPLING_DEFAULTS
 from rlhf.models.lora import adapter_config, adapter_weights, is_adapted, merged_weights
 
 
@@ -25,6 +26,8 @@ def export_model(
 ) -> None:
     """Write weights (safetensors), configuration, tokenizer and chat template of a trained model. All ranks must call.
 
+    generation_config.json says what ends an answer. The sampling defaults of the model that it was trained from stand
+    beside it, in sampling_defaults.json: they were found for other weights.
     An adapted model is written merged, and its adapters, as peft reads them, to `adapter_directory`: by default one
     beside it that is called adapter.
 
@@ -50,6 +53,8 @@ def export_model(
         with whole_directory(directory) as partial:
             model.save_pretrained(partial, state_dict=weights)
             tokenizer.save_pretrained(partial)
+            if defaults := getattr(model, "sampling_defaults", None):
+                write_json(partial / SAMPLING_DEFAULTS, defaults)
             if finish is not None:
                 finish(partial)
     barrier()

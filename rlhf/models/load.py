@@ -1,5 +1,6 @@
 """Models from Hugging Face directories: causal language models and models with a scalar head."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,9 @@ from transformers import (
 from rlhf.config.errors import ConfigError
 from rlhf.models.door import load_config, load_model
 from rlhf.models.head import make_answerable
+from rlhf.models.template import response_ends
+
+SAMPLING_DEFAULTS = "sampling_defaults.json"
 
 
 def load_causal_lm(
@@ -30,13 +34,14 @@ def load_causal_lm(
     attention: str,
     revision: str | None = None,
 ) -> PreTrainedModel:
-    """Load a causal language model; its special-token ids are the tokenizer's.
+    """Load a causal language model; its BOS and PAD are the tokenizer's, and what ends its answers is known.
 
-    Sampling defaults that the model carries in generation_config.json are dropped: what is sampled is what the run's
-    configuration says.
+    Sampling defaults that it carries in generation_config.json, such as top_k, are kept apart: what is sampled is what
+    the run's configuration says.
     """
     model = load_model(AutoModelForCausalLM, directory, revision=revision, dtype=dtype, attn_implementation=attention)
     fit_embedding(model, tokenizer)
+    vars(model)["sampling_defaults"] = sampling_defaults(model, Path(directory))
     set_special_tokens(model, tokenizer)
     make_answerable(model)
     return cast(PreTrainedModel, model)
@@ -49,15 +54,61 @@ def fit_embedding(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def set_special_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the model's configuration and generation defaults the tokenizer's BOS, EOS and PAD ids."""
+    """Give the model's configuration and generation defaults the tokenizer's BOS and PAD, and all that ends a response.
+
+    That is the model's own list, the tokenizer's EOS and the end that the chat template writes (`answer_ends`).
+    """
+    ends = response_ends(tokenizer, _own_ends(model))
     ids = {
         "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
         "pad_token_id": tokenizer.pad_token_id,
     }
     for name, value in ids.items():
         setattr(model.config, name, value)
     model.generation_config = GenerationConfig(**ids)
+
+
+def _own_ends(model: PreTrainedModel) -> Any:
+    """What generation_config.json says; a list in config.json. A single id there may be no more than a class's default.
+
+    So may be what transformers writes into a generation_config.json that it makes from a config.json.
+    """
+    config = getattr(model, "generation_config", None)
+    if config is not None and config.eos_token_id is not None and not config._from_model_config:
+        return config.eos_token_id
+    own = getattr(model.config, "eos_token_id", None)
+    return own if isinstance(own, list) else None
+
+
+def answer_ends(model: PreTrainedModel) -> tuple[int, ...]:
+    """The ids of the tokens that end a response of a model that `load_causal_lm` has loaded."""
+    ends = model.generation_config.eos_token_id
+    return tuple(ends) if isinstance(ends, list) else (int(ends),)
+
+
+def sampling_defaults(model: PreTrainedModel, directory: Path) -> dict[str, Any]:
+    """How a model's makers would have it sampled: what was kept apart before, else generation_config.json's settings.
+
+    Raises:
+        ConfigError: the file cannot be read.
+    """
+    kept = directory / SAMPLING_DEFAULTS
+    if kept.is_file():
+        try:
+            found = json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{kept} cannot be read: {error}") from error
+        return found if isinstance(found, dict) else {}
+    config = model.generation_config
+    if config._from_model_config:
+        return {}
+    settings = config.to_diff_dict()
+    return {
+        key: value
+        for key, value in settings.items()
+        if not key.startswith("_") and not key.endswith("_token_id") and key != "transformers_version"
+    }
 
 
 class Float32Linear(nn.Linear):

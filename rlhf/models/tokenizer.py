@@ -8,8 +8,8 @@ everywhere, so that training, generation and chat see the same text.
 import hashlib
 import importlib.util
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,10 @@ from typing import Any
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.model_directory import check_tokenizer_files
 from rlhf.config.schema import ModelConfig, WeightSource
+from rlhf.config.templates import chat_template_text
 from rlhf.config.writing import whole_directory
 from rlhf.models.door import check_tokenizer, reason
+from rlhf.models.template import Turns, encoded, end_of_turn, plain_ids
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -122,23 +124,24 @@ def _gguf_tokenizer(model: ModelConfig) -> Any:
 def complete_tokenizer(tokenizer: Any, *, chat_template: str | None) -> bool:
     """Give a tokenizer what the pipeline needs and say whether anything changed.
 
-    A PAD that is missing or equal to EOS is replaced: by the unknown token if that is distinct, else by a new token
-    `<|pad|>`, for which the model's embedding has to grow by a row. A missing chat template is filled in by
-    `chat_template`, or else by a plain default. Raises ConfigError if there is no EOS.
+    `chat_template` wins over the tokenizer's own; where there is neither it gets a plain one. A PAD that is missing, or
+    that ends an answer, is replaced: by the unknown token if that is distinct, else by a new token `<|pad|>`, for which
+    the model's embedding has to grow by a row. Raises ConfigError if there is no EOS.
     """
     changed = False
     if tokenizer.eos_token_id is None:
         raise ConfigError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token: responses could never end")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+    template = chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE
+    if tokenizer.chat_template != template:
+        tokenizer.chat_template = template
+        changed = True
+    ends = (tokenizer.eos_token_id, end_of_turn(tokenizer))
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id in ends:
         unknown = tokenizer.unk_token_id
-        usable = unknown is not None and unknown not in (tokenizer.eos_token_id, tokenizer.bos_token_id)
-        if usable:
+        if unknown is not None and unknown not in (*ends, tokenizer.bos_token_id):
             tokenizer.pad_token = tokenizer.unk_token
         else:
             tokenizer.add_special_tokens({"pad_token": ADDED_PAD})
-        changed = True
-    if not tokenizer.chat_template:
-        tokenizer.chat_template = chat_template or DEFAULT_TEMPLATE
         changed = True
     return changed
 
@@ -173,6 +176,7 @@ def prepare_tokenizer(
     """
     from filelock import FileLock
 
+    model = replace(model, chat_template=chat_template_text(model.chat_template))
     identity: tuple[object, ...]
     if model.source is WeightSource.scratch:
         identity = (fingerprint, model.scratch.vocab_size, SCRATCH_TEMPLATE, model.chat_template)
@@ -228,85 +232,25 @@ def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[lis
     """
     if not prompts:
         return []
-    turns = [[{"role": message.role, "content": message.content} for message in prompt] for prompt in prompts]
-    texts = _rendered(tokenizer, turns)
-    encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)) or "(?!)")
-    for index, messages in enumerate(turns):
-        contents = [message["content"] for message in messages]
-        if any(special.search(content) for content in contents):
-            encoded[index] = _encode_around(tokenizer, texts[index], _placed(tokenizer, messages, texts[index]))
-    return encoded
+    return encoded(tokenizer, [_turns(prompt) for prompt in prompts], generation_prompt=True)
 
 
-def special_ids(tokenizer: Any) -> frozenset[int]:
-    """The ids of every control token."""
-    return frozenset(tokenizer.convert_tokens_to_ids(_special_tokens(tokenizer)))
-
-
-def _special_tokens(tokenizer: Any) -> list[str]:
-    """Every text that the tokenizer would turn into a control token, longest first."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
-
-
-def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
-    try:
-        texts: list[str] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except Exception as error:  # A template is a program, which may divide by zero.
-        raise ConfigError(f"the chat template fails: {reason(error)}. Mend it, or set model.chat_template") from error
-    if not all(texts):
-        raise ConfigError("the chat template makes nothing of a prompt: mend it, or set model.chat_template")
-    return texts
-
-
-def _placed(tokenizer: Any, turns: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-    """Where in a rendered prompt its messages' contents are: [start, end).
-
-    The template is asked where it puts them by rendering other contents in their place. Where it does more with a
-    content than strip it, the whole prompt counts as content: no part of it becomes a control token.
-    """
-    marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
-    marked = [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
-    pattern = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
-    spans, position = [], 0
-    for number, fixed in enumerate(re.split("\ue000[0-9]+\ue001", pattern)):
-        if number:
-            content = turns[number - 1]["content"]
-            used = next((c for c in (content, content.strip()) if text.startswith(c + fixed, position)), None)
-            if used is None:
-                return [(0, len(text))]
-            spans.append((position, position + len(used)))
-            position += len(used)
-        elif not text.startswith(fixed):
-            return [(0, len(text))]
-        position += len(fixed)
-    return spans
-
-
-def _encode_around(tokenizer: Any, text: str, spans: list[tuple[int, int]]) -> list[int]:
-    """Token ids of a rendered prompt in which special tokens that stand in a message's content are plain text."""
-    ids: list[int] = []
-    position = 0
-    for start, end in spans:
-        ids += tokenizer(text[position:start], add_special_tokens=False)["input_ids"]
-        ids += tokenizer(text[start:end], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-        position = end
-    return ids + list(tokenizer(text[position:], add_special_tokens=False)["input_ids"])
+def _turns(messages: Sequence[Any]) -> Turns:
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of answers, each with EOS at its end. Special tokens written out in a text are plain text."""
-    if not texts:
-        return []
-    encoded = tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [[*ids, tokenizer.eos_token_id] for ids in encoded]
+    """Token ids of answers, each with the end that the template writes. Control tokens in a text are plain text."""
+    end = end_of_turn(tokenizer)
+    return [[*ids, end] for ids in plain_ids(tokenizer, texts)]
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    """Token ids of plain texts, BOS at the beginning if the tokenizer has one and EOS at the end."""
-    first = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    return [[*first, *ids] for ids in encode_responses(tokenizer, texts)]
+    """Token ids of plain texts: what the tokenizer itself puts before a text, such as BOS, and EOS at the end."""
+    whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
+    first = whole[: next(starts, 0)]
+    return [[*first, *ids, tokenizer.eos_token_id] for ids in plain_ids(tokenizer, texts)]
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
@@ -315,7 +259,7 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Any]) -> list[int]:
 
 
 def encode_response(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of one answer with EOS: see `encode_responses`."""
+    """Token ids of one answer with its end: see `encode_responses`."""
     return encode_responses(tokenizer, [text])[0]
 
 
@@ -324,11 +268,10 @@ def template_agrees(tokenizer: Any, messages: Sequence[Any], response: str) -> b
 
     Of a conversation that the template refuses nothing is known: True.
     """
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    turns = [*_turns(messages), {"role": "assistant", "content": response}]
     try:
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
+        (whole,) = encoded(tokenizer, [turns], generation_prompt=False)
         parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
-    except Exception:
+    except ConfigError:
         return True
-    whole_ids = list(tokenizer(whole, add_special_tokens=False)["input_ids"])
-    return whole_ids[: len(parts)] == parts
+    return whole[: len(parts)] == parts

@@ -75,6 +75,14 @@ class Generator:
         """Whether the log-probabilities with which tokens were drawn come with a rollout."""
         return self.native or (isinstance(self.backend, VllmBackend) and self.sampling.unbiased)
 
+    @property
+    def description(self) -> str:
+        """What generates, and what ends a response where that is more than the tokenizer's EOS."""
+        if self.sampling.stop_ids == (self.tokenizer.eos_token_id,):
+            return self.backend.description
+        ends = ", ".join(map(str, self.tokenizer.convert_ids_to_tokens(list(self.sampling.stop_ids))))
+        return f"{self.backend.description}; a response ends with {ends}"
+
     def fall_back(self, reason: str) -> None:
         """Generate with transformers from now on."""
         self.backend.release()

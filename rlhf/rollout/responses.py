@@ -51,7 +51,7 @@ def answer_together(
 def _rollout(responses: list[Response], prompts: PromptBatch, *, pad_id: int) -> Rollout:
     device = prompts.prompt_ids.device
 
-    def padded(rows: list[Tensor], value: float) -> Tensor:
+    def padded(rows: list[Tensor], value: int | float) -> Tensor:
         return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value).to(device)
 
     ids = padded([response.ids for response in responses], pad_id)

@@ -16,7 +16,7 @@ class Sampling:
         temperature: 0 means greedy decoding.
         top_p, top_k, min_p: what of the distribution is left; 1, 0 and 0 leave all of it.
         repetition_penalty: on tokens of the prompt and the response; 1 for none.
-        stop_ids: tokens that end a response and belong to it, EOS among them.
+        stop_ids: tokens that end a response and belong to it: the model's own ends, EOS among them, and further ones.
         stop: texts that end a response; what completes them belongs to it.
         min_new_tokens: no stop token is drawn before.
         max_new_tokens: longest response.

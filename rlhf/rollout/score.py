@@ -1,5 +1,6 @@
 """From sampled responses to scores and experience."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import compress
@@ -15,7 +16,8 @@ from rlhf.config.errors import DataError
 from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
 from rlhf.models.score_rule import ScoreRule, closed, end_id
-from rlhf.models.tokenizer import encode_prompts, special_ids
+from rlhf.models.template import end_of_turn, response_ends, special_ids
+from rlhf.models.tokenizer import encode_prompts, encode_responses
 from rlhf.rollout.forward import sequence_scores
 from rlhf.rollout.grouping import equal_groups
 from rlhf.rollout.scorers import ScoreFunction, checked_scores
@@ -41,7 +43,7 @@ class RewardModelScorer:
     def __call__(self, prompts: PromptBatch, rollout: Rollout) -> Float[Tensor, " B"]:
         """The scores of the responses to the prompts."""
         tokenizer = self.reward_tokenizer or self.tokenizer
-        ended = ended_with_eos(rollout, eos_id=int(self.tokenizer.eos_token_id)).tolist()
+        ended = ended_with_eos(rollout, ends=response_ends(self.tokenizer)).tolist()
         if self.reward_tokenizer is not None:
             sequences = encode_anew(prompts, response_texts(rollout, self.tokenizer), ended, self.reward_tokenizer)
         else:
@@ -120,31 +122,35 @@ def check_records(prompts: PromptBatch, *, why: str) -> None:
 def encode_anew(
     prompts: PromptBatch, responses: list[str], ended: list[bool], tokenizer: PreTrainedTokenizerBase
 ) -> list[list[int]]:
-    """Token ids of prompts and responses under another tokenizer, with its EOS where the response had ended.
+    """Token ids of prompts and responses under another tokenizer, with its end where the response had ended.
 
     Raises:
         ValueError: the prompts come without the records that hold their text.
     """
     check_records(prompts, why="a reward model with another tokenizer needs the prompts' text")
     turns = [[Message(**message) for message in record["messages"]] for record in prompts.records]
-    encoded = tokenizer(responses, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return [
-        [*prompt, *response, *([int(tokenizer.eos_token_id)] if end else [])]
-        for prompt, response, end in zip(encode_prompts(tokenizer, turns), encoded, ended, strict=True)
+        [*prompt, *(response if end else response[:-1])]
+        for prompt, response, end in zip(
+            encode_prompts(tokenizer, turns), encode_responses(tokenizer, responses), ended, strict=True
+        )
     ]
 
 
-def ended_with_eos(rollout: Rollout, *, eos_id: int) -> Bool[Tensor, " B"]:
-    """Whether each response came to its end: by EOS, its last token, or by what else ends one in its generation."""
+def ended_with_eos(rollout: Rollout, *, ends: Sequence[int]) -> Bool[Tensor, " B"]:
+    """Whether each response came to its end: what generated it knows, or else its last token is among the `ends`."""
     if rollout.ended is not None:
         return rollout.ended
-    last = rollout.response_mask.long().sum(dim=1).clamp(min=1) - 1
-    return rollout.response_ids.gather(1, last.unsqueeze(1)).squeeze(1) == eos_id
+    last = rollout.response_mask.long().sum(dim=1, keepdim=True).clamp(min=1) - 1
+    return torch.isin(rollout.response_ids.gather(1, last).squeeze(1), torch.tensor(ends, device=last.device))
 
 
 def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """The responses as text, without special tokens."""
+    """The responses as text, without special tokens, and without their end if that is no special one."""
+    end = end_of_turn(tokenizer)
+    rows = [
+        ids[mask].tolist() for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu(), strict=True)
+    ]
     return [
-        str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)).strip()
-        for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu(), strict=True)
+        str(tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids, skip_special_tokens=True)).strip() for ids in rows
     ]

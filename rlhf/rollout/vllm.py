@@ -149,24 +149,7 @@ class VllmBackend:
         self.llm = None
 
     def _answer(self, rows: list[Int[Tensor, " _"]], streams: Int[Tensor, " n"], *, seed: int) -> list[Response]:
-        sampling, limit = self.sampling, self.vocab_limit
-        options: dict[str, Any] = {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k or -1,
-            "min_p": sampling.min_p,
-            "repetition_penalty": sampling.repetition_penalty,
-            "max_tokens": sampling.max_new_tokens,
-            "min_tokens": sampling.min_new_tokens,
-            "stop_token_ids": [stop_id for stop_id in sampling.stop_ids if stop_id < limit],
-            "ignore_eos": True,  # What ends a response is among the stop tokens.
-            "allowed_token_ids": list(range(limit)) if limit < self.engine.module.config.vocab_size else None,
-            "logprobs": 0,
-            # So that nothing is drawn behind a text that ends a response; where exactly it ends is looked at below.
-            "stop": list(sampling.stop),
-            "detokenize": bool(sampling.stop),
-            "skip_special_tokens": False,
-        }
+        options = parameters(self.sampling, limit=self.vocab_limit, vocab_size=self.engine.module.config.vocab_size)
         keys = (stream_keys(streams.cpu(), seed=seed) & 0x7FFFFFFF).tolist()
         inputs = [{"prompt_token_ids": row.tolist()} for row in rows]
         with kept_random_state():
@@ -184,6 +167,27 @@ class VllmBackend:
             logprobs=torch.tensor(logprobs, dtype=torch.float32) if self.sampling.unbiased else None,
             ended=cut is not None or completion.finish_reason == "stop",
         )
+
+
+def parameters(sampling: Sampling, *, limit: int, vocab_size: int) -> dict[str, Any]:
+    """The arguments of vLLM's SamplingParams, without the seed. Ids from `limit` on are never sampled."""
+    return {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "min_p": sampling.min_p,
+        "repetition_penalty": sampling.repetition_penalty,
+        "max_tokens": sampling.max_new_tokens,
+        "min_tokens": sampling.min_new_tokens,
+        "stop_token_ids": [stop_id for stop_id in sampling.stop_ids if stop_id < limit],
+        "ignore_eos": True,  # What ends a response is among the stop tokens.
+        "allowed_token_ids": list(range(limit)) if limit < vocab_size else None,
+        "logprobs": 0,
+        # So that nothing is drawn behind a text that ends a response; where exactly it ends is looked at afterwards.
+        "stop": list(sampling.stop),
+        "detokenize": bool(sampling.stop),
+        "skip_special_tokens": False,
+    }
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, t
 from rlhf.data.sources import source_module
 from rlhf.data.split import PTX, STAGES
 from rlhf.models.score_rule import score_tail
+from rlhf.models.template import end_of_turn
 from rlhf.models.tokenizer import load_tokenizer, prepare_tokenizer
 from rlhf.planner.architecture import architecture_of
 from rlhf.planner.memory import role_model, substages
@@ -44,12 +45,18 @@ class Preflight:
             if counts[what]:
                 listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())
                 found.append(f"data: {what}: {listed}; listed in {self.data.problems_file}")
-        if not counts["template_agrees"]:
-            found.append(
-                "warning: the chat template does not end an answer with the tokenizer's EOS: training ends answers "
-                "with EOS all the same, so other programs that use the template will see another end"
-            )
-        return found
+        told = "other programs give the model other tokens; model.chat_template sets another template"
+        found += [f"warning: {finding}: {told}" for finding in counts["template"]]
+        return [*found, *ends_told(load_tokenizer(self.tokenizer_dir))]
+
+
+def ends_told(tokenizer: Any) -> list[str]:
+    """Which token ends the answers that are trained on, where that is not the tokenizer's EOS, in one sentence."""
+    end = end_of_turn(tokenizer)
+    if end == tokenizer.eos_token_id:
+        return []
+    written = tokenizer.convert_ids_to_tokens(end)
+    return [f"answers end with {written}, as the chat template writes it; {tokenizer.eos_token} (EOS) ends one, too"]
 
 
 def cache_directory(config: Config) -> Path:
@@ -58,23 +65,29 @@ def cache_directory(config: Config) -> Path:
     return Path(chosen).expanduser().resolve()
 
 
-def _from_directory(directory: str) -> ModelConfig:
-    return ModelConfig(name=Path(directory).name, source=WeightSource.pretrained, path=directory)
+def _from_directory(directory: str, chat_template: str | None) -> ModelConfig:
+    return ModelConfig(
+        name=Path(directory).name, source=WeightSource.pretrained, path=directory, chat_template=chat_template
+    )
 
 
 def _models(config: Config) -> tuple[ModelConfig, ModelConfig]:
-    """The model that a stage trains, and the one that the scores come from."""
+    """The model that a stage trains, and the one that the scores come from.
+
+    A trained reward model reads texts in its own template, which is not the policy's where only that is given one.
+    """
     stage = config.stage
     reward_model = config.reward_model if config.reward_model.name else config.model
     if isinstance(stage, RMConfig):
-        model = _from_directory(stage.sft_model) if stage.sft_model else reward_model
+        model = _from_directory(stage.sft_model, reward_model.chat_template) if stage.sft_model else reward_model
         return model, model
     if isinstance(stage, DPOConfig):
-        model = _from_directory(stage.actor_model) if stage.actor_model else config.model
+        model = _from_directory(stage.actor_model, config.model.chat_template) if stage.actor_model else config.model
         return model, model
     if isinstance(stage, PPOConfig | BestOfNConfig):
-        actor = _from_directory(stage.actor_model) if stage.actor_model else config.model
-        return actor, _from_directory(stage.reward_model) if stage.reward_model else reward_model
+        actor = _from_directory(stage.actor_model, config.model.chat_template) if stage.actor_model else config.model
+        own = None if reward_model == config.model else reward_model.chat_template
+        return actor, _from_directory(stage.reward_model, own) if stage.reward_model else reward_model
     return config.model, reward_model
 
 

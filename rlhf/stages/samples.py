@@ -15,7 +15,7 @@ def record_samples(session: Session, generator: Generator, *, step: int, count: 
     rows = rows.select(range(min(count, len(rows)))).to_list()
     prompts = collate_prompts(rows, pad_id=session.pad_id).to(session.device)
     rollout = generator.generate(prompts, seed=session.config.seed)
-    ended = ended_with_eos(rollout, eos_id=session.eos_id).tolist()
+    ended = ended_with_eos(rollout, ends=generator.sampling.stop_ids).tolist()
     lengths = rollout.response_mask.sum(dim=1).tolist()
     texts = response_texts(rollout, session.tokenizer)
     session.recorder.samples(

@@ -24,6 +24,7 @@ from rlhf.engine.distributed import (
     world_size,
 )
 from rlhf.engine.update import StepResult
+from rlhf.models.load import answer_ends
 from rlhf.models.lora import add_adapters
 from rlhf.models.prepare import prepare_base_model
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
@@ -70,11 +71,6 @@ class Session:
     def pad_id(self) -> int:
         """Id of the padding token."""
         return int(self.tokenizer.pad_token_id)
-
-    @property
-    def eos_id(self) -> int:
-        """Id of the token that ends a response."""
-        return int(self.tokenizer.eos_token_id)
 
     def finish(self, *, before: dict[str, float], after: dict[str, float]) -> None:
         """Write the stage's summary."""
@@ -183,8 +179,8 @@ def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
     )
 
 
-def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
-    """How responses are drawn in a run. Raises ConfigError for texts and tokens that end none."""
+def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase, *, ends: Sequence[int]) -> Sampling:
+    """How responses are drawn; `ends` are ids that end one. Raises ConfigError for texts and tokens that end none."""
     check_stops(config, tokenizer)
     rollout, vocabulary = config.rollout, tokenizer.get_vocab()
     return Sampling(
@@ -193,7 +189,7 @@ def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
         top_k=rollout.top_k,
         min_p=rollout.min_p,
         repetition_penalty=rollout.repetition_penalty,
-        stop_ids=(int(tokenizer.eos_token_id), *(vocabulary[token] for token in rollout.stop_tokens)),
+        stop_ids=tuple(dict.fromkeys([*ends, *(vocabulary[token] for token in rollout.stop_tokens)])),
         stop=tuple(rollout.stop),
         min_new_tokens=rollout.min_new_tokens,
         max_new_tokens=rollout.max_new_tokens or config.data.max_response_length,
@@ -208,7 +204,7 @@ def sampling_of(config: Config, tokenizer: PreTrainedTokenizerBase) -> Sampling:
 
 def generator_of(config: Config, engine: Any, tokenizer: PreTrainedTokenizerBase, *, vocab_limit: int) -> Generator:
     """What answers prompts with an engine's weights in a run."""
-    sampling = sampling_of(config, tokenizer)
+    sampling = sampling_of(config, tokenizer, ends=answer_ends(engine.module))
     return Generator(engine=engine, tokenizer=tokenizer, sampling=sampling, vocab_limit=vocab_limit)
 
 

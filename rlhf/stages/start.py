@@ -10,6 +10,7 @@ from typing import Any
 
 from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
+from rlhf.config.escapes import read_escapes
 from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
@@ -18,6 +19,7 @@ from rlhf.config.origins import field_docs, fields_by_key, flat_values, located,
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import REWARD_MODEL, Config, LauncherKind, Mode, Normalize, Reuse, StageConfig
 from rlhf.config.storage import storage_problem
+from rlhf.config.templates import template_problems, with_templates
 from rlhf.config.terminal import shown, steer
 from rlhf.config.validate import find_problems, raise_problems
 from rlhf.data.problems import source_problems
@@ -73,11 +75,12 @@ class Started:
 
 def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Started:
     """Do what `config.mode` says; raises ConfigError or DataError for what the user can mend."""
+    read_escapes(config, origins)
     if config.mode is Mode.explain:
         print(explained(config, resolve(config, detect(), adjustable=tuned_keys(origins)), origins))
         return Started(code=0, figures={})
     machine = detect()
-    composed, config = config, with_run_dir(resolve(config, machine, adjustable=tuned_keys(origins)))
+    composed, config = config, with_run_dir(resolve(with_templates(config), machine, adjustable=tuned_keys(origins)))
     # In a sweep of plans, what does not fit is a row of the table like what does.
     check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None
@@ -107,6 +110,7 @@ def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_
     Model states that the hardware cannot hold are a problem if they `must_fit`.
     """
     problems = [*find_problems(config), *source_problems(config.data), *scorer_problems(config.scorer)]
+    problems += template_problems(config)
     problems += reference_problems(config.stage, "stage")
     if not problems:
         # These compute with the values, so that values that cannot be come first.

@@ -87,7 +87,7 @@ def test_the_template_is_compact_and_takes_several_turns(tiny: Any) -> None:
 def test_prompt_and_response_are_the_template_of_the_whole(tiny: Any) -> None:
     assert template_agrees(tiny, PROMPT, "great one")
     assert template_agrees(tiny, (*PROMPT, Message("assistant", "dull"), Message("user", "more")), "it's so long")
-    tiny.chat_template = tiny.chat_template.replace("eos_token", "bos_token")
+    tiny.chat_template = tiny.chat_template.replace("{{ eos_token }}", "")
     assert not template_agrees(tiny, PROMPT, "great one")
 
 
@@ -140,7 +140,8 @@ def test_control_tokens_of_every_kind_are_plain_text_in_a_prompt(tiny: Any) -> N
     assert tiny.decode(ids) == "<s>s</s>ok</s>what is </s>?</s>"
     # Of a template that changes what is said nothing is taken on trust.
     tiny.chat_template = "{% for m in messages %}{{ m['content'] | upper }}{{ eos_token }}{% endfor %}"
-    assert tiny.eos_token_id not in encode_prompt(tiny, (Message("user", "a</s>b"),))
+    with pytest.raises(ConfigError, match="a message contains '</s>', a control token, and the chat template changes"):
+        encode_prompt(tiny, (Message("user", "a</s>b"),))
 
 
 def test_a_template_that_fails_or_makes_nothing_is_refused(tiny: Any) -> None:

@@ -34,7 +34,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def test_stop_tokens_stand_beside_eos() -> None:
-    sampling = sampling_of(config(RolloutConfig(stop_tokens=["<|end|>"], stop=["good bad"])), tokenizer())
+    sampling = sampling_of(config(RolloutConfig(stop_tokens=["<|end|>"], stop=["good bad"])), tokenizer(), ends=[1])
     assert sampling.stop_ids == (1, 5)
     assert sampling.stop == ("good bad",)
     assert sampling.max_new_tokens == 20
@@ -50,7 +50,7 @@ def test_stop_tokens_stand_beside_eos() -> None:
 )
 def test_what_would_never_end_a_response_is_refused(rollout: RolloutConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=r"rollout\.stop") as raised:
-        sampling_of(config(rollout), tokenizer())
+        sampling_of(config(rollout), tokenizer(), ends=[1])
     assert message in str(raised.value)
 
 
@@ -66,7 +66,7 @@ def test_options_that_contradict_each_other_are_found_before_any_rank_starts() -
 
 
 def test_an_empty_sampling_restriction_is_unbiased() -> None:
-    whole = sampling_of(config(RolloutConfig()), tokenizer())
+    whole = sampling_of(config(RolloutConfig()), tokenizer(), ends=[1])
     assert whole.unbiased
     for changed in ({"top_k": 3}, {"top_p": 0.9}, {"min_p": 0.1}, {"repetition_penalty": 1.1}, {"min_new_tokens": 1}):
         assert not replace(whole, **changed).unbiased

@@ -99,7 +99,7 @@ def sample(session: Session) -> dict[str, list[Answer]]:
     mine: list[tuple[str, list[Answer]]] = []
     vocab_limit = vocabulary_limit(model, session.tokenizer)
     generator = generator_of(config, actor, session.tokenizer, vocab_limit=vocab_limit)
-    session.recorder.line(f"rollout: {generator.backend.description}")
+    session.recorder.line(f"rollout: {generator.description}")
     with session.recorder.phase("generation"), generator.generation_mode():
         sampled = [
             (rows_of_batch, repeated, generator.generate(repeated.to(session.device), seed=config.seed), valid)
@@ -112,7 +112,7 @@ def sample(session: Session) -> dict[str, list[Answer]]:
                 "score": scorer(repeated, rollout).tolist(),
                 "text": response_texts(rollout, session.tokenizer),
                 "tokens": rollout.response_mask.sum(dim=1).tolist(),
-                "ended": ended_with_eos(rollout, eos_id=session.eos_id).tolist(),
+                "ended": ended_with_eos(rollout, ends=generator.sampling.stop_ids).tolist(),
             }
         answers = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
         for number, row in enumerate(rows_of_batch[:valid]):

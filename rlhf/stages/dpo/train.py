@@ -45,7 +45,7 @@ def run(config: Config, run_dir: Path) -> None:
     reference = build_reference(config, start, session.tokenizer, actor=actor)
     pairs = PairLoss(session, actor, reference, vocab_limit=vocabulary_limit(model, session.tokenizer))
     generator = generator_of(config, actor, session.tokenizer, vocab_limit=pairs.vocab_limit)
-    session.recorder.line(f"rollout: {generator.backend.description}")
+    session.recorder.line(f"rollout: {generator.description}")
     seed_everything(config.seed + session.rank)
 
     before = latest = evaluate(session, pairs, step=0)

@@ -90,7 +90,7 @@ class Evaluator:
 
     def _described(self, prompts: PromptBatch, rollout: Rollout) -> list[Answer]:
         trainer, engine = self.trainer, self.trainer.engine
-        ended = ended_with_eos(rollout, eos_id=self.session.eos_id)
+        ended = ended_with_eos(rollout, ends=trainer.sampling.stop_ids)
         logprobs, reference = (
             in_groups(
                 partial(

@@ -116,7 +116,7 @@ def pretraining_batches(session: Session) -> Iterator[SFTBatch] | None:
 def say_what_is_special(session: Session, trainer: DeepSpeedPPOTrainer) -> None:
     """What a user should know of the options before the first iteration."""
     say = session.recorder.line
-    say(f"rollout: {trainer.generator.backend.description}")
+    say(f"rollout: {trainer.generator.description}")
     if not trainer.sampling.unbiased:
         say(
             "warning: tokens are not drawn from the policy's whole distribution (rollout.top_p, top_k, min_p, "

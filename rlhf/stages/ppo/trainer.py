@@ -123,7 +123,7 @@ class DeepSpeedPPOTrainer:
                 prompts.to(engine.actor.device), seed=self.args.seed * 1_000_003 + self.iteration, streams=streams
             )
         with phase("scoring"):
-            ended = ended_with_eos(rollout, eos_id=int(engine.tokenizer.eos_token_id))
+            ended = ended_with_eos(rollout, ends=self.sampling.stop_ids)
             scores = self.shaping(self.scorer(prompts, rollout), rollout, ended, all_reduce=all_reduce_sum)
             order = torch.randperm(len(rollout), generator=self._shuffle)
             groups = [group for mini_batch in self._groups(rollout, order) for group in mini_batch]

@@ -68,7 +68,7 @@ def run(config: Config, run_dir: Path) -> None:
     seed_everything(config.seed + session.rank)
     vocab_limit = vocabulary_limit(model, session.tokenizer)
     generator = generator_of(config, engine, session.tokenizer, vocab_limit=vocab_limit)
-    session.recorder.line(f"rollout: {generator.backend.description}")
+    session.recorder.line(f"rollout: {generator.description}")
 
     before = latest = evaluate(session, engine, vocab_limit=vocab_limit, step=0)
     for step, batch in zip(range(1, total_steps + 1), loader, strict=False):
