@@ -134,8 +134,6 @@ class Encoder:
                     (found[messages],) = encode_prompts(self.tokenizer, [messages])
                 except ConfigError as error:
                     found[messages] = str(error)
-            if all(isinstance(ids, str) for ids in found.values()):
-                raise  # It is the template that is wrong.
             return found
 
     def _add_row(

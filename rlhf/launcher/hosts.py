@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.config.explain import did_you_mean
+from rlhf.config.regular import read_small_text
 from rlhf.config.schema import Config, LauncherConfig, LauncherKind, Mode
 
 # The program that a kind of launcher runs, and the Debian package that has it.
@@ -21,6 +22,9 @@ _FIT = {
     LauncherKind.openmpi: r"[\w@%+=:,./-]*",
     LauncherKind.mpich: r"[\w@%+=:,./-]*",
 }
+# Bytes: ten thousand machines have lines of a hundred.
+LARGEST_HOSTFILE = 1024**2
+_LISTED = 10
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
 _SECRET_WORDS = {
     "KEY",
@@ -59,9 +63,9 @@ def parse_hostfile(text: str) -> tuple[dict[str, int], list[str]]:
         content = line.split("#")[0].strip()
         if not content:
             continue
-        match = re.fullmatch(r"(\S+)\s+slots=(\d+)", content)
+        match = re.fullmatch(r"(\S+)\s+slots=(\d{1,6})", content)
         if match is None:
-            problems.append(f"line {number}: {content!r} is not of the form  NAME slots=N")
+            problems.append(f"line {number}: {content!r:.80} is not of the form  NAME slots=N")
         elif match[1] in hosts:
             problems.append(f"line {number}: {match[1]} is listed twice")
         else:
@@ -157,12 +161,13 @@ def _hostfile_problems(config: Config) -> Iterator[str]:
     path = Path(launcher.hostfile)
     key = f"launcher.hostfile={launcher.hostfile}"
     try:
-        hosts, problems = parse_hostfile(path.read_text(encoding="utf-8", errors="replace"))
+        hosts, problems = parse_hostfile(read_small_text(path, at_most=LARGEST_HOSTFILE))
     except OSError as error:
         yield f"{key}: cannot be read: {error.strerror}"
         return
     if problems:
-        yield f"{key}: {'; '.join(problems)}"
+        more = f"; and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
+        yield f"{key}: {'; '.join(problems[:_LISTED])}{more}"
         return
     if not hosts:
         yield f"{key}: lists no machine: it needs a line  NAME slots={hardware.gpus_per_node}  for each"
@@ -193,7 +198,7 @@ def hosts_of(config: Config) -> dict[str, list[int]] | None:
     launcher, hardware = config.launcher, config.hardware
     if launcher.hostfile is None:
         return None
-    hosts, _ = parse_hostfile(Path(launcher.hostfile).read_text(encoding="utf-8", errors="replace"))
+    hosts, _ = parse_hostfile(read_small_text(Path(launcher.hostfile), at_most=LARGEST_HOSTFILE))
     chosen = select_hosts(hosts, include=launcher.include, exclude=launcher.exclude)
     per_node = hardware.gpus_per_node or 1
     return {name: slots[:per_node] for name, slots in list(chosen.items())[: hardware.nodes]}

@@ -363,7 +363,7 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer_dir: Path, tmp_p
     rows: list[dict[str, Any]] = [{"prompt": f"p {n}", "completion": "c"} for n in range(60)]
     path = rows_file(tmp_path / "rows.jsonl", [*rows, {"prompt": turns, "completion": "c"}])
     data = DataConfig(sources={"main": SourceConfig(path=path, format="completion")})
-    with pytest.raises(DataError, match=r"1 rows cannot be used:\n  .*rows\.jsonl:61: .*no system turns"):
+    with pytest.raises(DataError, match=r"1 row cannot be used:\n  .*rows\.jsonl:61: .*no system turns"):
         prepared(data, strict, tmp_path)
     done = prepared(replace(data, on_bad_row=OnProblem.skip), strict, tmp_path)
     assert done.counts["dropped"]["bad row"] == 1

@@ -134,6 +134,6 @@ def test_damaged_files_are_refused_by_row_or_as_a_whole(form: str, tmp_path: Pat
         strict = SourceConfig(path=str(path), format=form)
         bad = sum(isinstance(entry, Refused) and entry.bad for entry in found)
         if bad:
-            with pytest.raises(DataError, match=f"{bad} rows cannot be used"):
+            with pytest.raises(DataError, match=f"{bad} rows? cannot be used"):
                 list(read_source(strict, name="main", on_bad_row=OnProblem.error))
     assert outcomes["read"] > 50 and outcomes["refused"] > 5
