@@ -30,7 +30,7 @@ from rlhf.data.split import ALL_PARTS
 from rlhf.models.tokenizer import load_tokenizer, template_agrees
 
 CHUNK = 1000
-# Characters of a chunk, of which a long row may be one alone: their tokens take some fifty times as many bytes.
+# Characters of a chunk, of which a long row may be one alone: their tokens may take three hundred times as many bytes.
 CHUNK_TEXT = 4 * 1024**2
 # Chunks that are tokenised here before it pays to start other processes, which takes seconds.
 ALONE = 30
@@ -122,12 +122,10 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
     with ExitStack() as stack:
         writer = _Writer(directory, stack)
         probe: list[Conversation] = []
-        problems = []
+        problems: list[str] = []
         try:
-            for encoded in _encoded(_read(data, writer.refuse, probe), data, tokenizer_dir):
+            for encoded in _encoded(_read(data, writer.refuse, probe, problems), data, tokenizer_dir):
                 writer.add(encoded)
-        except DataError as error:
-            problems.append(str(error))
         finally:
             writer.finish()
         _check_rows(writer.tally, data, problems)
@@ -142,7 +140,7 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
         "truncated": _by_reason(writer.tally.truncated),
         "dropped_by_source": _by_source(writer.tally.dropped),
         "truncated_by_source": _by_source(writer.tally.truncated),
-        "notes": notes,
+        "choices": notes,
         "mix": reports,
         "template_agrees": _agrees(tokenizer_dir, probe),
     }
@@ -163,14 +161,23 @@ def _by_source(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _read(data: DataConfig, refuse: Callable[[Refused], None], probe: list[Conversation]) -> Iterator[Conversation]:
-    for entry in read_sources(data):
-        if isinstance(entry, Refused):
-            refuse(entry)
-            continue
-        if not probe and entry.messages:
-            probe.append(entry)
-        yield entry
+def _read(
+    data: DataConfig, refuse: Callable[[Refused], None], probe: list[Conversation], problems: list[str]
+) -> Iterator[Conversation]:
+    """The conversations of all sources; what is wrong with them is added to `problems` at the end.
+
+    It is not raised: that would lose the chunk that has begun, and with it what the chat template refuses there.
+    """
+    try:
+        for entry in read_sources(data):
+            if isinstance(entry, Refused):
+                refuse(entry)
+                continue
+            if not probe and entry.messages:
+                probe.append(entry)
+            yield entry
+    except DataError as error:
+        problems.append(str(error))
 
 
 def _chunks(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:

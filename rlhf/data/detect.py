@@ -56,8 +56,8 @@ class _Sample:
 
     @property
     def columns(self) -> list[str]:
-        """The columns of the rows, in their order."""
-        return list(dict.fromkeys(str(key) for row in self.rows for key in row))
+        """The columns of the rows that are not null in all of them, in their order."""
+        return list(dict.fromkeys(str(key) for row in self.rows for key, value in row.items() if value is not None))
 
 
 @dataclass(slots=True)
@@ -93,7 +93,7 @@ def choose_format(files: Iterable[tuple[str, Rows]], source: SourceConfig, *, na
         source, found = renamed, _fitting(filled, renamed)
     if len(found) == 1:
         (form,) = found
-        return replace(source, format=form), f"format={form}, for the columns {', '.join(sorted(found[form]))}"
+        return replace(source, format=form), f"format={form}, for the columns {', '.join(found[form])}"
     raise DataError(_undecided(found, filled, source, key))
 
 
@@ -127,7 +127,10 @@ def _fitting(samples: Sequence[_Sample], source: SourceConfig) -> dict[str, list
     left = _without_weaker(fits, every)
     if set(left) <= set(_PLAIN) and _answers(samples, every, source, left):
         return {}
-    return {form: [source.columns.get(column, column) for column in every.used[form]] for form in left}
+    return {
+        form: [source.columns.get(column, column) for column in forms[form].COLUMNS if column in every.used[form]]
+        for form in left
+    }
 
 
 def _try(row: Mapping[str, Any], forms: Mapping[str, Format], source: SourceConfig, tried: _Tried) -> None:
@@ -150,12 +153,17 @@ def _try(row: Mapping[str, Any], forms: Mapping[str, Format], source: SourceConf
 
 def _without_weaker(fits: set[str], tried: _Tried) -> list[str]:
     """The formats that remain if there are better ones for the same columns."""
-    left = sorted(fits - set(_PLAIN)) or sorted(fits)
+    fits = {
+        form
+        for form in fits
+        if tried.read[form] or not any(tried.read[other] and tried.used[form] <= tried.used[other] for other in fits)
+    }
     # Whole transcripts are texts, too: the marks in them tell. Without marks nothing speaks for them.
-    if _TRANSCRIPT in left and not tried.most(tried.read, _TRANSCRIPT):
-        left.remove(_TRANSCRIPT)
-    elif _TRANSCRIPT in left:
-        left = [form for form in left if form == _TRANSCRIPT or not tried.used[form] <= tried.used[_TRANSCRIPT]]
+    if not tried.most(tried.read, _TRANSCRIPT):
+        fits.discard(_TRANSCRIPT)
+    elif _TRANSCRIPT in fits:
+        fits = {form for form in fits if form == _TRANSCRIPT or not tried.used[form] <= tried.used[_TRANSCRIPT]}
+    left = sorted(fits - set(_PLAIN)) or sorted(fits)
     left = [form for form in left if tried.read[form]] or left
     return [form for form in left if not any(tried.used[form] < tried.used[other] for other in left)]
 
@@ -210,5 +218,5 @@ def _proposal(sample: _Sample, key: str) -> str:
     if prompt is None or answer is None:
         return ""
     given = {"prompt": prompt, "completion": answer}
-    changed = " ".join(f"+{key}.columns.{ours}={shown(theirs)}" for ours, theirs in given.items() if ours != theirs)
-    return f", as in  {key}.format=completion {changed}"
+    changed = "".join(f" +{key}.columns.{ours}={shown(theirs)}" for ours, theirs in given.items() if ours != theirs)
+    return f", as in  {key}.format=completion{changed}" if changed else ""

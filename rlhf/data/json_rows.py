@@ -87,7 +87,7 @@ def parsed(text: bytes | str) -> Any:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
             raise ValueError("not valid JSON (a comma behind the object: a line holds an object alone)") from error
-        raise ValueError(f"not valid JSON ({error.msg} at character {error.pos + 1})") from error
+        raise ValueError(f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})") from error
     except _RowError:
         raise
     except ValueError as error:  # Python refuses to compute with numbers of thousands of digits.
@@ -122,7 +122,7 @@ def _lines(path: Path, limit: int) -> Rows:
                 yield bad_row(where, too_long(limit))
             elif line.strip():
                 try:
-                    yield where, parsed(line)
+                    yield where, parsed(line.rstrip())
                 except ValueError as error:
                     yield bad_row(where, str(error))
 
@@ -174,7 +174,7 @@ class _Text:
                 # A value that is only cut off fails at the end, or where the text in quotes begins.
                 if error.pos < len(self._text) - 16 and not error.msg.startswith("Unterminated"):
                     raise _SyntaxError(error.msg) from error
-                reason = error.msg
+                reason = error.msg.removesuffix(" at")
             if len(self._text) - self._at > self._limit:
                 raise _UnendedError(f"{too_long(self._limit)}, or {reason}")
             if not self._more():

@@ -79,11 +79,14 @@ def _empty_message(part: Part, counts: dict[str, Any]) -> str:
     what = "held-out" if part.held_out else "training"
     needed = "pairs of a chosen and a rejected answer" if part.stage == "rm" else "rows"
     remedy = "data.split.held_out" if part.held_out else f"data.split.{part.stage}"
+    read = ", ".join(f"{number} of {name}" for name, number in counts["read"].items())
     if part.stage == PTX and not part.held_out:
-        return f"the mix has no plain text (read: {counts['read']}): add a source with format=text"
+        return f"the mix has no plain text (read: {read}): add a source with format=text"
+    dropped = ", ".join(f"{number} ({reason})" for reason, number in counts["dropped"].items()) or "none"
+    notes = "".join(f"\n  {note}" for note in counts["choices"])
     return (
-        f"the {what} part of stage {part.stage} has no {needed} (read: {counts['read']}, "
-        f"dropped: {counts['dropped']}): add rows, or raise {remedy}"
+        f"the {what} part of stage {part.stage} has no {needed} (read: {read}; dropped: {dropped}): add rows, or raise "
+        f"{remedy}{notes}"
     )
 
 

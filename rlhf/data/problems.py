@@ -12,11 +12,18 @@ from rlhf.data.formats import format_module, format_names
 from rlhf.data.sources import source_kinds
 from rlhf.data.split import STAGES
 
+# Bytes: names of directories, which have at most 255, go on with other names and digests.
+_LONGEST_NAME = 80
 _RESERVED = ("prompts", "responses", "messages", "source")
 
 
 def source_problems(data: DataConfig) -> Iterator[str]:
     """Say of every source which of its options cannot be; and whether the weights make a mix."""
+    if len(data.name.encode("utf-8", "replace")) > _LONGEST_NAME or not re.fullmatch(r"([\w+-][\w.+-]*)?", data.name):
+        yield (
+            f"data.name={shown(data.name):.{_LONGEST_NAME}}: must be at most {_LONGEST_NAME} letters, digits, _, -, + "
+            "and dots, the first no dot: directories are called so"
+        )
     for name, source in data.sources.items():
         yield from _source(source, f"data.sources.{name}")
     weights = {name: source.weight for name, source in data.sources.items()}
@@ -62,7 +69,7 @@ def _file(source: SourceConfig, key: str) -> Iterator[str]:
     if not source.path:
         yield f"{key}.path is not set: give a file or a directory, as in  {key}.path=FILE.jsonl"
         return
-    path, given = Path(source.path).expanduser(), f"{key}.path={shown(source.path)}"
+    path, given = Path(source.path).expanduser(), f"{key}.path={shown(source.path):.300}"
     try:
         kind = kind_of(path)
     except OSError as error:

@@ -91,7 +91,7 @@ class _Walk:
             if kind == "directory":
                 self.folder(path)
             elif not has_ending(path.name, self._endings):
-                self._found.left_out["no file of rows"] += 1
+                self._found.left_out["of other kinds"] += 1
             elif kind != "file":
                 raise DataError(f"{shown(path)} {f'is {kind}' if kind else 'is a link to nothing'}, not a regular file")
             elif not self._was_seen(path):
@@ -118,7 +118,7 @@ class _Walk:
             self._entry(path)
         others = [name for name in os.listdir(directory) if has_ending(name, self._endings)]
         if left := len(set(others) - {*names, _SAVED_SET, _SAVED_INFO}):
-            self._found.left_out["not of the saved set"] += left
+            self._found.left_out["beside the saved set"] += left
 
     def _split_of_saved(self, directory: Path) -> str:
         splits = [str(name) for name in _as_list(_read_object(directory / _SAVED_DICT).get("splits"))]
@@ -129,7 +129,7 @@ class _Walk:
             )
         for name in splits:
             if name != self._split:
-                self._found.left_out[f"split {shown(name)}"] += 1
+                self._found.left_out[f"of split {shown(name)}"] += 1
         return self._split
 
     def of_split(self, root: Path) -> RowFiles:
@@ -141,7 +141,7 @@ class _Walk:
         for path, split in told.items():
             # Beside train.jsonl, a file whose name tells nothing is for training, too.
             if (split or TRAIN) != wanted:
-                self._found.left_out[f"split {split or TRAIN}"] += 1
+                self._found.left_out[f"of split {split or TRAIN}"] += 1
                 self._found.files.remove(path)
         return self._found
 

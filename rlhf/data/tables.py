@@ -9,7 +9,7 @@ from rlhf.config.errors import DataError
 from rlhf.config.regular import open_regular, shown
 from rlhf.data.arrow_sizes import check_batches
 from rlhf.data.json_rows import parsed
-from rlhf.data.parquet_pages import Pages, pages_of
+from rlhf.data.parquet_pages import RowGroup, row_groups
 from rlhf.data.text_files import Rows, bad_row, too_long
 
 _BATCH = 1000
@@ -18,6 +18,8 @@ _BATCH_BYTES = 64 * 1024**2
 _LARGEST_PAGE = 256 * 1024**2
 # A table of so many rows for each of its file's bytes was made to keep a reader busy.
 _ROWS_PER_BYTE, _FREE_ROWS = 100, 1_000_000
+# So is one whose rows have so many times the bytes of the file. Values that repeat are written once.
+_EXPANSION, _FREE = 1000, 8 * 1024**3
 
 
 def parquet_rows(path: Path, limit: int) -> Rows:
@@ -25,33 +27,28 @@ def parquet_rows(path: Path, limit: int) -> Rows:
     import pyarrow
     import pyarrow.parquet
 
-    size = _regular_size(path)
+    size, groups = _regular_size(path), row_groups(path)
     try:
         # Pages are read one after the other instead of whole columns.
         with pyarrow.parquet.ParquetFile(path, buffer_size=1024**2, pre_buffer=False) as file:
-            _check_table(file.schema_arrow.names, file.metadata.num_rows, size, path)
-            number = 0
-            for group in range(file.num_row_groups):
-                found = file.metadata.row_group(group)
-                pages = pages_of(path, found)
-                if pages.largest > max(_LARGEST_PAGE, limit):
-                    reason = f"stands beside a cell of up to {pages.largest} bytes: {too_long(limit)}"
-                    for one in range(found.num_rows):
+            _check_table(file.schema_arrow.names, sum(group.rows for group in groups), size, path)
+            number, spend = 0, _budget(path, size)
+            for index, group in enumerate(groups):
+                if group.largest > max(_LARGEST_PAGE, limit):
+                    reason = f"stands beside a cell of up to {group.largest} bytes: {too_long(limit)}"
+                    for one in range(group.rows):
                         yield bad_row(f"{shown(path)}: row {number + one + 1}", reason)
                 else:
-                    batches = file.iter_batches(batch_size=_batch_size(found, pages), row_groups=[group])
-                    yield from batch_rows(batches, limit, place=f"{shown(path)}: row", first=number)
-                number += found.num_rows
+                    batches = file.iter_batches(batch_size=_batch_size(group), row_groups=[index])
+                    yield from batch_rows(batches, limit, place=f"{shown(path)}: row", first=number, spend=spend)
+                number += group.rows
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
         raise DataError(f"{shown(path)}: not valid Parquet ({_first_line(error)})") from error
 
 
-def _batch_size(group: Any, pages: Pages) -> int:
+def _batch_size(group: RowGroup) -> int:
     """How many rows fit into _BATCH_BYTES, where a value that stands once in a dictionary may be in every row."""
-    average = sum(group.column(index).total_uncompressed_size for index in range(group.num_columns)) // max(
-        1, group.num_rows
-    )
-    return max(1, min(_BATCH, _BATCH_BYTES // max(1, int(average), pages.dictionary)))
+    return max(1, min(_BATCH, _BATCH_BYTES // max(1, group.size // max(1, group.rows), group.dictionary)))
 
 
 def _regular_size(path: Path) -> int:
@@ -86,30 +83,56 @@ def arrow_rows(path: Path, limit: int) -> Rows:
                 schema = whole.schema
                 reader = (whole.get_batch(index) for index in range(whole.num_record_batches))
             _check_table(schema.names, 0, size, path)
-            number = 0
+            number, spend = 0, _budget(path, size)
             for batch in reader:
                 number += batch.num_rows
                 _check_table(schema.names, number, size, path)
                 first = number - batch.num_rows
-                yield from batch_rows([batch], limit, place=f"{shown(path)}: row", first=first)
+                yield from batch_rows([batch], limit, place=f"{shown(path)}: row", first=first, spend=spend)
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
         raise DataError(f"{shown(path)}: not valid Arrow ({_first_line(error)})") from error
 
 
-def batch_rows(batches: Iterable[Any], limit: int, *, place: str, first: int = 0) -> Rows:
-    """The rows of record batches; the one after `first` others is called `place` and its number."""
+def _budget(path: Path, size: int) -> Callable[[int], None]:
+    """What counts the bytes of a file's rows, and raises DataError beyond what a file of `size` can mean to hold."""
+    spent = 0
+
+    def spend(number: int) -> None:
+        nonlocal spent
+        spent += number
+        if spent > max(_FREE, _EXPANSION * size):
+            raise DataError(f"{shown(path)}: its rows have more than {spent} bytes, though the file has only {size}")
+
+    return spend
+
+
+def batch_rows(
+    batches: Iterable[Any],
+    limit: int,
+    *,
+    place: str,
+    first: int = 0,
+    spend: Callable[[int], None] = lambda number: None,
+) -> Rows:
+    """The rows of record batches; the one after `first` others is called `place` and its number.
+
+    `spend` is told how many bytes are read.
+    """
     number = first
     for batch in batches:
         _check_buffers(batch)
         decoders = list(_decoders(batch.schema))
         large = batch.nbytes > limit
+        spend(0 if large else _batch_bytes(batch))
         for index in range(batch.num_rows):
             number += 1
             where = f"{place} {number}"
             one = batch.slice(index, 1)
-            if large and _row_bytes(one) > limit:
-                yield bad_row(where, too_long(limit))
-                continue
+            if large:
+                spend(length := _row_bytes(one))
+                if length > limit:
+                    yield bad_row(where, too_long(limit))
+                    continue
             try:
                 row = one.to_pylist()[0]
                 for name, decode in decoders:
@@ -120,6 +143,17 @@ def batch_rows(batches: Iterable[Any], limit: int, *, place: str, first: int = 0
                 yield bad_row(where, f"a value that Python does not have ({error})")
             else:
                 yield where, row
+
+
+def _batch_bytes(batch: Any) -> int:
+    """What the rows of a batch take together; a value of a dictionary counts as its average does."""
+    import pyarrow
+
+    total = 0
+    for column in batch.columns:
+        values = column.dictionary if pyarrow.types.is_dictionary(column.type) else column
+        total += len(column) * values.nbytes // max(1, len(values))
+    return total
 
 
 def _row_bytes(row: Any) -> int:

@@ -18,7 +18,7 @@ def source_files(source: SourceConfig, *, name: str) -> RowFiles:
     if not source.path:
         raise ConfigError(f"{key} is not set: give it a file or directory, as in  {key}=my.jsonl")
     path = Path(source.path).expanduser()
-    given = f"{key}={shown(source.path)}"
+    given = f"{key}={shown(source.path):.300}"
     endings = f"a file ending in {', '.join(suffixes())}"
     try:
         kind = kind_of(path)
@@ -32,7 +32,7 @@ def source_files(source: SourceConfig, *, name: str) -> RowFiles:
     except OSError as error:
         raise DataError(f"{given} cannot be read: {error.strerror}") from error
     if not found.files:
-        others = f" (there is {_listed(found)})" if found.left_out else ""
+        others = f" (but {_listed(found)})" if found.left_out else ""
         raise DataError(f"{given} has no such file{others}: give {endings}, or a directory of them")
     return found
 
@@ -44,7 +44,8 @@ def _listed(found: RowFiles) -> str:
 def left_out(source: SourceConfig, *, name: str) -> str:
     """How many files of a directory are not read, and why."""
     found = source_files(source, name=name)
-    return f"{len(found.files)} files are read; left out: {_listed(found)}" if found.left_out else ""
+    number = len(found.files)
+    return f"{number} file{'s' if number > 1 else ''} read, left out: {_listed(found)}" if found.left_out else ""
 
 
 def rows_by_file(source: SourceConfig, *, name: str) -> Iterator[tuple[str, Rows]]:
