@@ -60,7 +60,8 @@ def _check_head(head: bytes, path: Path) -> None:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
             raise DataError(f"{shown(path)} {what}")
-    if len(head) > 1 and 0 in head[:2]:
+    # Every second byte of Latin letters is 0 there.
+    if head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0":
         raise DataError(f"{shown(path)} is no text, or is UTF-16 or UTF-32: save it as UTF-8")
 
 
