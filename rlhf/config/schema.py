@@ -127,19 +127,27 @@ class ModelConfig:
     lora_targets: list[str] = option_factory(list, "Names of the linear layers that LoRA adapts.")
 
 
+# The format of a source that its rows tell.
+AUTO = "auto"
+
+
 @dataclass(kw_only=True, slots=True)
 class SourceConfig:
     """One source of rows in a data mix."""
 
     kind: str = option("file", "A module of rlhf/data/sources: file, hub, film_reviews.")
     format: str = option(
-        "preference",
+        AUTO,
         "A module of rlhf/data/formats: preference, conversational, completion, instruction, transcript, "
-        "scored_pair, prompt, text.",
+        "scored_pair, prompt, text; auto: told by the columns of the first rows.",
     )
     path: str | None = option(None, "File or directory (kind=file), or ORG/NAME on the Hugging Face hub (kind=hub).")
     subset: str | None = option(None, "kind=hub: the subset, which the hub calls configuration.")
-    split: str = option("train", "kind=hub: the split, as in train or train[:10%].")
+    split: str = option(
+        "train",
+        "kind=hub: the split, as in train or train[:10%]; kind=file: that of a saved DatasetDict, or of a directory "
+        "whose names tell train from test.",
+    )
     revision: str | None = option(None, "kind=hub: branch, tag or commit.")
     columns: dict[str, str] = option_factory(
         dict, "Where the format's columns are in the rows if they are called otherwise, as in  {prompt: question.text}."
@@ -149,6 +157,7 @@ class SourceConfig:
         "format=transcript: the user's and the assistant's mark; empty: Anthropic's HH's. \\n is as in rollout.stop.",
         escapes=True,
     )
+    max_row_bytes: int = option(8 * 1024**2, "Longest row in bytes: a longer one is a bad row.", minimum=1)
     remove: str | None = option(None, "A regular expression of what is taken out of answers, such as citations.")
     keep: list[str] = option_factory(list, "Further columns that a scorer is given, such as a known answer.")
     stages: list[str] = option_factory(

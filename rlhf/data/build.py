@@ -1,6 +1,7 @@
 """Building a mix: rows stream from the sources through the tokenizer to disk, then each part is put in order.
 
-No more than a few thousand rows are in memory at a time, and 40 bytes of each row that was written.
+No more than a few thousand rows, or a few dozen million characters, are in memory at a time, and 40 bytes of each row
+that was written.
 """
 
 import json
@@ -9,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
@@ -20,17 +21,22 @@ from numpy.typing import NDArray
 
 from rlhf.config.errors import DataError
 from rlhf.config.schema import DataConfig, OnProblem
+from rlhf.data.bad_rows import LISTED, BadRows, joined
 from rlhf.data.conversation import Conversation, Refused
 from rlhf.data.encode import BAD_ROW, META, Encoded, Encoder
 from rlhf.data.mix import mix_order, mix_reports
-from rlhf.data.sources import LISTED_ROWS, read_source
+from rlhf.data.sources import no_usable_row, read_sources, settled
 from rlhf.data.split import ALL_PARTS
 from rlhf.data.template_check import TemplateCheck
 from rlhf.models.tokenizer import load_tokenizer
 
 CHUNK = 1000
+# Characters of a chunk, of which a long row may be one alone: their tokens may take three hundred times as many bytes.
+CHUNK_TEXT = 4 * 1024**2
 # Chunks that are tokenised here before it pays to start other processes, which takes seconds.
 ALONE = 30
+# Characters of a reason in the list of problems.
+_DETAIL = 2000
 
 
 def features() -> Any:
@@ -53,7 +59,8 @@ class Tally:
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     truncated: Counter[tuple[str, str]] = field(default_factory=Counter)
     long_prompts: list[str] = field(default_factory=list)
-    bad_rows: list[str] = field(default_factory=list)
+    # Rows that the chat template refuses, by source.
+    bad_rows: dict[str, BadRows] = field(default_factory=dict)
 
 
 class _Writer:
@@ -85,7 +92,7 @@ class _Writer:
             if problem["problem"] == "prompt too long":
                 self.tally.long_prompts.append(f"{problem['source']}, {problem['where']}: {problem['detail']}")
             if problem["problem"] == BAD_ROW:
-                self.tally.bad_rows.append(f"{problem['where']}: {problem['detail']}")
+                self.tally.bad_rows.setdefault(problem["source"], BadRows()).add(problem["where"], problem["detail"])
             self.problem(problem)
 
     def refuse(self, refused: Refused) -> None:
@@ -94,7 +101,7 @@ class _Writer:
         kind = BAD_ROW if refused.bad else refused.reason
         self.tally.dropped[refused.source, kind] += 1
         entry = {"problem": kind, "source": refused.source, "where": refused.where}
-        self.problem({**entry, "detail": refused.reason if refused.bad else ""})
+        self.problem({**entry, "detail": refused.reason[:_DETAIL] if refused.bad else ""})
 
     def problem(self, entry: dict[str, Any]) -> None:
         """List one row."""
@@ -108,15 +115,21 @@ class _Writer:
 
 def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
     """Write the parts' rows and orders, counts.json and problems.jsonl into an empty directory."""
+    sources, notes = {}, []
+    for name, source in data.sources.items():
+        sources[name], told = settled(source, name=name)
+        notes += told
+    data = replace(data, sources=sources)
     with ExitStack() as stack:
         writer = _Writer(directory, stack)
         check = TemplateCheck(load_tokenizer(tokenizer_dir))
+        problems: list[str] = []
         try:
-            for encoded in _encoded(_read(data, writer.refuse, check), data, tokenizer_dir):
+            for encoded in _encoded(_read(data, writer.refuse, check, problems), data, tokenizer_dir):
                 writer.add(encoded)
         finally:
             writer.finish()
-        _check_rows(writer.tally, data)
+        _check_rows(writer.tally, data, problems)
         meta = {label: np.concatenate(parts) for label, parts in writer.meta.items()}
         kept = _without_conflicts(meta, directory, writer)
         parts, reports = _ordered(data, meta, kept, directory, writer)
@@ -128,6 +141,7 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
         "truncated": _by_reason(writer.tally.truncated),
         "dropped_by_source": _by_source(writer.tally.dropped),
         "truncated_by_source": _by_source(writer.tally.truncated),
+        "choices": notes,
         "mix": reports,
         "template": check.findings(),
     }
@@ -148,19 +162,43 @@ def _by_source(counted: Counter[tuple[str, str]]) -> dict[str, dict[str, int]]:
     return found
 
 
-def _read(data: DataConfig, refuse: Callable[[Refused], None], check: TemplateCheck) -> Iterator[Conversation]:
-    for name, source in data.sources.items():
-        for entry in read_source(source, name=name, on_bad_row=data.on_bad_row):
+def _read(
+    data: DataConfig, refuse: Callable[[Refused], None], check: TemplateCheck, problems: list[str]
+) -> Iterator[Conversation]:
+    """The conversations of all sources; what is wrong with them is added to `problems` at the end.
+
+    It is not raised: that would lose the chunk that has begun, and with it what the chat template refuses there.
+    """
+    try:
+        for entry in read_sources(data):
             if isinstance(entry, Refused):
                 refuse(entry)
                 continue
             check.add(entry)
             yield entry
+    except DataError as error:
+        problems.append(str(error))
+
+
+def _chunks(conversations: Iterator[Conversation]) -> Iterator[list[Conversation]]:
+    """Chunks of bounded size, in order."""
+    chunk: list[Conversation] = []
+    size = 0
+    for conversation in conversations:
+        length = sum(len(message.content) for message in conversation.messages)
+        length += len(conversation.chosen or "") + len(conversation.rejected or "")
+        if chunk and (len(chunk) == CHUNK or size + length > CHUNK_TEXT):
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(conversation)
+        size += length
+    if chunk:
+        yield chunk
 
 
 def _encoded(conversations: Iterator[Conversation], data: DataConfig, tokenizer_dir: Path) -> Iterator[Encoded]:
     """The chunks in order; tokenised here, and by several processes if there are many."""
-    chunks = iter(lambda: list(islice(conversations, CHUNK)), [])
+    chunks = _chunks(conversations)
     encoder = Encoder(data, load_tokenizer(tokenizer_dir))
     workers = data.workers or len(os.sched_getaffinity(0))
     alone = islice(chunks, ALONE) if workers > 1 else chunks
@@ -194,18 +232,23 @@ def _work(conversations: list[Conversation]) -> Encoded:
     return _ENCODER[0].encode(conversations)
 
 
-def _check_rows(tally: Tally, data: DataConfig) -> None:
-    """Raise DataError for rows that the chat template refuses, and for prompts that are too long, unless skipped."""
-    if tally.bad_rows and data.on_bad_row is OnProblem.error:
-        listed = "\n  ".join(tally.bad_rows[:LISTED_ROWS])
-        raise DataError(
-            f"{len(tally.bad_rows)} rows cannot be used:\n  {listed}\n"
-            "Repair them, or set data.on_bad_row=skip to leave them out"
-        )
+def _check_rows(tally: Tally, data: DataConfig, problems: list[str]) -> None:
+    """Raise DataError with these problems, and with those that the chat template and the limits found, unless skipped.
+
+    A row that the template refuses is a bad row like any other. Bad rows may be skipped, but not all of a source.
+    """
+    for name, bad in tally.bad_rows.items():
+        rows = tally.read[name]
+        if data.on_bad_row is OnProblem.error:
+            problems.append(bad.message(name, rows=rows))
+        elif tally.dropped[name, BAD_ROW] == rows:
+            problems.append(no_usable_row(data.sources[name], name, bad))
+    if problems:
+        raise DataError(joined(problems))
     if not tally.long_prompts or data.on_long_prompt is not OnProblem.error:
         return
     longest = max(int(entry.rsplit(" ", 2)[1]) for entry in tally.long_prompts)
-    listed = "\n  ".join(tally.long_prompts[:LISTED_ROWS])
+    listed = "\n  ".join(tally.long_prompts[:LISTED])
     raise DataError(
         f"{len(tally.long_prompts)} rows have a prompt longer than data.max_prompt_length={data.max_prompt_length} "
         f"tokens (chat template included):\n  {listed}\n"

@@ -73,6 +73,13 @@ class Encoder:
 
     data: DataConfig
     tokenizer: Any
+    # The last conversation and its digest: a long text is in thousands of rows.
+    _last: tuple[Conversation, int] | None = None
+
+    def _digest_of(self, conversation: Conversation) -> int:
+        if self._last is None or self._last[0] is not conversation:
+            self._last = conversation, prompt_digest(conversation)
+        return self._last[1]
 
     def encode(self, conversations: Sequence[Conversation]) -> Encoded:
         """Rows of a chunk by part; rows that cannot be used are counted and listed."""
@@ -134,8 +141,6 @@ class Encoder:
                     (found[messages],) = encode_prompts(self.tokenizer, [messages])
                 except ConfigError as error:
                     found[messages] = str(error)
-            if all(isinstance(ids, str) for ids in found.values()):
-                raise  # It is the template that is wrong.
             return found
 
     def _add_row(
@@ -226,7 +231,7 @@ class Encoder:
             tokens,
             row["rejected_ids"] is not None,
             not source.stages,
-            prompt_digest(conversation),
+            self._digest_of(conversation),
             # Without its source: what two sources have in common is learnt once.
             _digest([canonical(conversation.messages), row["chosen_text"], row["rejected_text"]]),
             _hash_of_row("choose", row),

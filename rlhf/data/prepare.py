@@ -16,9 +16,24 @@ from rlhf.config.schema import DataConfig
 from rlhf.config.writing import whole_directory
 from rlhf.data.build import build
 from rlhf.data.conversation import Conversation
-from rlhf.data.sources import read_source, source_module
+from rlhf.data.sources import read_sources, source_module
 from rlhf.data.split import PTX, Part, part_of
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
+
+# The modules that decide which rows there are, beside the sources and the formats.
+_READING = (
+    "arrow_sizes.py",
+    "bad_rows.py",
+    "conversation.py",
+    "detect.py",
+    "json_rows.py",
+    "parquet_pages.py",
+    "readers.py",
+    "row_files.py",
+    "split.py",
+    "tables.py",
+    "text_files.py",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +77,14 @@ def _empty_message(part: Part, counts: dict[str, Any]) -> str:
     what = "held-out" if part.held_out else "training"
     needed = "pairs of a chosen and a rejected answer" if part.stage == "rm" else "rows"
     remedy = "data.split.held_out" if part.held_out else f"data.split.{part.stage}"
+    read = ", ".join(f"{number} of {name}" for name, number in counts["read"].items())
     if part.stage == PTX and not part.held_out:
-        return f"the mix has no plain text (read: {counts['read']}): add a source with format=text"
+        return f"the mix has no plain text (read: {read}): add a source with format=text"
+    dropped = ", ".join(f"{number} ({reason})" for reason, number in counts["dropped"].items()) or "none"
+    notes = "".join(f"\n  {note}" for note in counts["choices"])
     return (
-        f"the {what} part of stage {part.stage} has no {needed} (read: {counts['read']}, "
-        f"dropped: {counts['dropped']}): add rows, or raise {remedy}"
+        f"the {what} part of stage {part.stage} has no {needed} (read: {read}; dropped: {dropped}): add rows, or raise "
+        f"{remedy}{notes}"
     )
 
 
@@ -86,7 +104,7 @@ def content_fingerprint(data: DataConfig) -> str:
     if not data.sources:
         raise ConfigError("data.sources is empty: give at least one source")
     here = Path(__file__).parent
-    code = [(here / name).read_text(encoding="utf-8") for name in ("conversation.py", "readers.py", "split.py")]
+    code = [(here / name).read_text(encoding="utf-8") for name in _READING]
     for folder in ("sources", "formats"):
         code += [file.read_text(encoding="utf-8") for file in sorted((here / folder).glob("*.py"))]
     sources = {}
@@ -110,11 +128,10 @@ def _fingerprint(data: DataConfig, tokenizer_dir: Path) -> str:
 
 def training_texts(data: DataConfig) -> Iterator[str]:
     """Prompts and answers of the training part of SFT: what a tokenizer may be trained on."""
-    for name, source in data.sources.items():
-        for entry in read_source(source, name=name, on_bad_row=data.on_bad_row):
-            if isinstance(entry, Conversation) and entry.messages and _is_demonstration(entry, data):
-                yield entry.prompt_text
-                yield from (text for text in (entry.chosen, entry.rejected) if text is not None)
+    for entry in read_sources(data):
+        if isinstance(entry, Conversation) and entry.messages and _is_demonstration(entry, data):
+            yield entry.prompt_text
+            yield from (text for text in (entry.chosen, entry.rejected) if text is not None)
 
 
 def _is_demonstration(conversation: Conversation, data: DataConfig) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.config.explain import did_you_mean
+from rlhf.config.regular import read_small_text
 from rlhf.config.schema import Config, LauncherConfig, LauncherKind, Mode
 
 # The program that a kind of launcher runs, and the Debian package that has it.
@@ -30,6 +31,8 @@ SHARED_PORT = 29500
 _HOST_NAME = re.compile(r"(?=.{1,253}\Z)\w([\w-]{0,61}\w)?(\.\w([\w-]{0,61}\w)?)*", re.ASCII)
 _IPV6_CHARACTERS = re.compile(r"[0-9A-Fa-f:.]+(%[\w.-]+)?", re.ASCII)  # Python would take anything for a zone.
 _TOLD = 5  # Lines of a hostfile.
+# Bytes: ten thousand machines have lines of a hundred.
+LARGEST_HOSTFILE = 1024**2
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
 _SECRET_WORDS = {
     "KEY",
@@ -217,7 +220,7 @@ def _hostfile_problems(config: Config) -> Iterator[str]:
     path = Path(launcher.hostfile)
     key = f"launcher.hostfile={launcher.hostfile}"
     try:
-        hosts, problems = parse_hostfile(path.read_text(encoding="utf-8", errors="replace"))
+        hosts, problems = parse_hostfile(read_small_text(path, at_most=LARGEST_HOSTFILE))
     except OSError as error:
         yield f"{key}: cannot be read: {error.strerror}"
         return
@@ -254,7 +257,7 @@ def hosts_of(config: Config) -> dict[str, list[int]] | None:
     launcher, hardware = config.launcher, config.hardware
     if launcher.hostfile is None:
         return None
-    hosts, _ = parse_hostfile(Path(launcher.hostfile).read_text(encoding="utf-8", errors="replace"))
+    hosts, _ = parse_hostfile(read_small_text(Path(launcher.hostfile), at_most=LARGEST_HOSTFILE))
     chosen = select_hosts(hosts, include=launcher.include, exclude=launcher.exclude)
     per_node = hardware.gpus_per_node or 1
     return {name: slots[:per_node] for name, slots in list(chosen.items())[: hardware.nodes]}

@@ -40,7 +40,8 @@ class Preflight:
         counts = self.data.counts
         rows = {label: part["rows"] for label, part in counts["parts"].items()}
         stages = [f"{stage} {rows[f'{stage}_train']} + {rows[f'{stage}_held_out']} held out" for stage in STAGES]
-        found = [f"data: {', '.join(stages)} (mode=data tells all)", *(f"data: {note}" for note in counts["mix"])]
+        found = [f"data: {', '.join(stages)} (mode=data tells all)"]
+        found += [f"data: {note}" for note in (*counts["choices"], *counts["mix"])]
         for what in ("dropped", "truncated"):
             if counts[what]:
                 listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())

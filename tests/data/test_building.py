@@ -364,10 +364,78 @@ def test_a_row_that_the_template_refuses_is_a_bad_row(tokenizer_dir: Path, tmp_p
     rows: list[dict[str, Any]] = [{"prompt": f"p {n}", "completion": "c"} for n in range(60)]
     path = rows_file(tmp_path / "rows.jsonl", [*rows, {"prompt": turns, "completion": "c"}])
     data = DataConfig(sources={"main": SourceConfig(path=path, format="completion")})
-    with pytest.raises(DataError, match=r"1 rows cannot be used:\n  .*rows\.jsonl:61: .*no system turns"):
+    with pytest.raises(DataError, match=r"1 row cannot be used:\n  .*rows\.jsonl:61: .*no system turns"):
         prepared(data, strict, tmp_path)
     done = prepared(replace(data, on_bad_row=OnProblem.skip), strict, tmp_path)
     assert done.counts["dropped"]["bad row"] == 1
     path = rows_file(tmp_path / "first.jsonl", [{"prompt": turns, "completion": "c"}, *rows])
     first = DataConfig(sources={"main": SourceConfig(path=path, format="completion")}, on_bad_row=OnProblem.skip)
     assert prepared(first, strict, tmp_path).counts["dropped"]["bad row"] == 1
+
+
+NO_SYSTEM = (
+    "{% for m in messages %}{% if m['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    "{{ m['content'] }}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_what_the_template_refuses_is_a_bad_row_whatever_the_chunk(
+    chunk: int, tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.data.build.CHUNK", chunk)
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = NO_SYSTEM
+    tokenizer.save_pretrained(str(strict := tmp_path / "strict"))
+    turns = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    refused, usable = {"prompt": turns, "completion": "c"}, [{"prompt": f"p {n}", "completion": "c"} for n in range(30)]
+    sources = {
+        "mixed": SourceConfig(path=rows_file(tmp_path / "mixed.jsonl", [*[refused] * 20, *usable])),
+        "other": SourceConfig(path=rows_file(tmp_path / "other.jsonl", [refused] * 20)),
+    }
+    skipped = DataConfig(sources={"mixed": sources["mixed"]}, on_bad_row=OnProblem.skip)
+    assert prepared(skipped, strict, tmp_path).counts["dropped"]["bad row"] == 20
+    # Bad rows may be skipped, but not all of a source; that is told once.
+    with pytest.raises(DataError) as raised:
+        prepared(replace(skipped, sources=sources), strict, tmp_path)
+    (first, second) = str(raised.value).split("\n")
+    assert first == f"data.sources.other ({tmp_path}/other.jsonl) has no usable row:"
+    assert "no system turns" in second and second.endswith("(and 19 more rows: 2, 3, 4, …)")
+    # What is wrong with the sources is told together.
+    sources["broken"] = SourceConfig(path=rows_file(tmp_path / "broken.jsonl", [{"prompt": 1, "completion": "c"}]))
+    with pytest.raises(DataError) as raised:
+        prepared(DataConfig(sources=sources), strict, tmp_path)
+    lines = str(raised.value).split("\n")
+    assert [line for line in lines if line.startswith("data.sources.")] == [
+        "data.sources.broken: 1 row cannot be used:",
+        "data.sources.mixed: 20 rows cannot be used:",
+        "data.sources.other: all 20 rows cannot be used:",
+    ]
+    assert lines[-1].startswith("Repair them") and str(raised.value).count("Repair them") == 1
+
+
+def test_what_is_taken_and_left_out_is_told(tokenizer_dir: Path, tmp_path: Path) -> None:
+    (folder := tmp_path / "own").mkdir()
+    rows_file(folder / "train.jsonl", [{"prompt": f"p {n}", "completion": "c"} for n in range(9)])
+    rows_file(folder / "test.jsonl", [{"prompt": "q", "completion": "c"}])
+    done = prepared(DataConfig(sources={"own": SourceConfig(path=str(folder))}), tokenizer_dir, tmp_path)
+    assert done.counts["choices"] == [
+        "own: 1 file read, left out: 1 of split test",
+        "own: format=completion, for the columns prompt, completion",
+    ]
+    with pytest.raises(
+        DataError, match=r"no pairs .*\(read: 9 of own; dropped: .*\n  own: 1 file read.*\n  own: format="
+    ):
+        done.part("rm", False)
+
+
+def test_long_rows_are_chunked_by_their_length(
+    tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.data.build.CHUNK_TEXT", 100)
+    path = rows_file(tmp_path / "rows.jsonl", [{"text": f"{n} " * 200} for n in range(5)])
+    whole = DataConfig(sources={"a": SourceConfig(path=path)}, max_prompt_length=8, max_response_length=8)
+    done = prepared(whole, tokenizer_dir, tmp_path)
+    assert done.counts["read"] == {"a": 5}
+    rows = [row for held_out in (False, True) if done.has_part("ptx", held_out) for row in done.part("ptx", held_out)]
+    assert "".join(sorted(row["chosen_text"] for row in rows if row["chosen_text"])).count("3") == 200

@@ -20,9 +20,9 @@ ROW = {"prompt": "p", "chosen": "c", "rejected": "r"}
 
 
 def read(
-    path: Path | None, *, on_bad_row: OnProblem = OnProblem.error, form: str = "preference"
+    path: Path | None, *, on_bad_row: OnProblem = OnProblem.error, form: str = "auto", limit: int = 2**23
 ) -> tuple[list[Conversation], list[str]]:
-    source = SourceConfig(kind="file", path=None if path is None else str(path), format=form)
+    source = SourceConfig(kind="file", path=None if path is None else str(path), format=form, max_row_bytes=limit)
     found = list(read_source(source, name="main", on_bad_row=on_bad_row))
     bad = [f"{entry.where}: {entry.reason}" for entry in found if isinstance(entry, Refused)]
     return [entry for entry in found if isinstance(entry, Conversation)], bad
@@ -86,10 +86,9 @@ def test_rows_of_a_table_that_do_not_fit_are_named(tmp_path: Path) -> None:
             read(tmp_path / name)
 
 
-def test_a_huge_line_is_a_broken_row_and_the_next_one_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.data.readers.LONGEST_LINE", 1024)
+def test_a_huge_line_is_a_broken_row_and_the_next_one_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "rows.jsonl", ROW, {**ROW, "prompt": "x" * 5000}, "[" * 1000, {**ROW, "prompt": "last"})
-    found, bad = read(path, on_bad_row=OnProblem.skip)
+    found, bad = read(path, on_bad_row=OnProblem.skip, limit=1024)
     assert [row.prompt_text for row in found] == ["p", "last"]
     assert len(bad) == 2 and bad[0].startswith(f"{path}:2: longer than") and bad[1].startswith(f"{path}:3: ")
 
@@ -102,7 +101,7 @@ def test_deeply_nested_json_is_a_broken_row(tmp_path: Path) -> None:
 def test_files_of_one_directory_may_differ_in_their_columns_but_each_is_checked(tmp_path: Path) -> None:
     write(tmp_path / "a.jsonl", ROW)
     write(tmp_path / "b.jsonl", {"question": "p", "chosen": "c", "rejected": "r"})
-    found, bad = read(tmp_path, on_bad_row=OnProblem.skip)
+    found, bad = read(tmp_path, on_bad_row=OnProblem.skip, form="preference")
     assert len(found) == 1
     assert bad == [f'{tmp_path}/b.jsonl:1: the column "prompt" is missing (there are: question, chosen, rejected)']
 
@@ -159,13 +158,26 @@ def test_half_a_surrogate_pair_is_no_text(tmp_path: Path) -> None:
         read(path)
 
 
-def test_only_the_first_twenty_broken_rows_are_listed(tmp_path: Path) -> None:
-    path = write(tmp_path / "rows.jsonl", *(["x"] * 25), ROW)
+def test_only_the_first_twenty_faults_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
     with pytest.raises(DataError) as raised:
-        read(path)
+        read(write(path, *({"prompt": "p", "chosen": "c", f"n{n}": 1} for n in range(25)), ROW), form="preference")
     message = str(raised.value)
     assert "25 rows cannot be used" in message and "rows.jsonl:20:" in message and "… and 5 more" in message
     assert "rows.jsonl:21:" not in message
+
+
+def test_a_fault_that_rows_share_is_told_once(tmp_path: Path) -> None:
+    path = write(tmp_path / "rows.jsonl", *([{"prompt": "p", "chosen": "c"}] * 2000), {"prompt": "p"}, "x", "x")
+    with pytest.raises(DataError) as raised:
+        read(path, form="preference")
+    assert str(raised.value).split("\n") == [
+        "data.sources.main: all 2003 rows cannot be used:",
+        f'  {path}:1: the column "rejected" is missing (there are: prompt, chosen) (and 1999 more rows: 2, 3, 4, …)',
+        f'  {path}:2001: the column "chosen" is missing (there are: prompt)',
+        f"  {path}:2002: not valid JSON (Expecting value at character 1) (and 1 more row: 2003)",
+        "Repair them, or set data.on_bad_row=skip to leave them out",
+    ]
 
 
 @pytest.mark.parametrize("lines", [(), ("", "  ")])
@@ -216,7 +228,7 @@ def test_a_quote_that_is_never_closed_swallows_no_rows(tmp_path: Path) -> None:
 
 
 def test_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rlhf.data.readers._PIECE", 7)
+    monkeypatch.setattr("rlhf.data.json_rows._PIECE", 7)
     rows = [{**ROW, "prompt": f"p {n} é"} for n in range(30)]
     path = tmp_path / "rows.json"
     path.write_text(json.dumps(rows, indent=1, ensure_ascii=False), encoding="utf-8")
@@ -225,8 +237,8 @@ def test_json_arrays_are_read_piece_by_piece(tmp_path: Path, monkeypatch: pytest
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))  # As some sets of the hub call their lines.
     assert len(read(path)[0]) == 30
     for content, reason in (
-        ("[1, 2", "there is no ] behind it"),
-        ('[{"a": 1} {"b": 2}]', "no comma after row 1"),
+        ("[1, 2", "row 2: there is no , or ] behind it"),
+        ('[{"a": 1} {"b": 2}]', "row 1: '{' stands behind it instead of , or ]"),
         ("[1] 2", "more behind the array"),
         ('[{"a": }]', "row 1: Expecting value"),
         ("[1, ]", "row 2: Expecting value"),

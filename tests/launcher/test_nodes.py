@@ -463,6 +463,12 @@ def worlds(argv: list[str]) -> dict[str, list[int]]:
         ),
         (LauncherKind.openmpi, {"exclude": "a1:0"}, "launcher.exclude=a1:0: launcher=openmpi can choose machines, but"),
         (LauncherKind.no_ssh, {"hostfile": "/nowhere"}, "launcher.hostfile=/nowhere: cannot be read"),
+        (
+            LauncherKind.pdsh,
+            {"hostfile": "/dev/zero"},
+            "launcher.hostfile=/dev/zero: cannot be read: is a device, not a regular file",
+        ),
+        (LauncherKind.pdsh, {"hostfile": "/tmp"}, "launcher.hostfile=/tmp: cannot be read: is a directory, not a"),
         (LauncherKind.pdsh, {"environment": {"A": "$HOME"}}, "launcher.environment.A=$HOME: launcher=pdsh cannot pass"),
         (LauncherKind.mpich, {"environment": {"A": "1 2"}}, "launcher.environment.A=1 2: launcher=mpich cannot pass"),
         (LauncherKind.slurm, {"environment": {"A": "1\n2"}}, "launcher.environment.A=1\n2: launcher=slurm cannot pass"),
@@ -538,3 +544,22 @@ def test_a_port_in_use_is_told_before_anything_starts(kind: LauncherKind, rank: 
         assert found.startswith(f"launcher.master_port={port}: another program listens there: ")
         assert problems(replace(config, mode=Mode.plan)) == []
     assert problems(config) == []
+
+
+def test_a_hostfile_that_is_none_is_told_shortly(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "long").write_text("x\n" * 600_000)
+    (tmp_path / "binary").write_bytes(bytes(range(256)) * 100)
+    (tmp_path / "slots").write_text(f"a1 slots={'9' * 5000}\nb2 slots=99999999999\n")
+    for name, told in (
+        ("pipe", "cannot be read: is a named pipe, not a regular file"),
+        ("long", "cannot be read: is longer than 1048576 bytes"),
+        ("binary", "is not of the form  NAME slots=N; and "),
+        ("slots", "is not of the form  NAME slots=N"),
+    ):
+        (problem,) = [
+            each
+            for each in problems(config_for(LauncherKind.pdsh, tmp_path / name))
+            if each.startswith("launcher.hostfile")
+        ]
+        assert told in problem and len(problem) < 2500

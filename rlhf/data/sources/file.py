@@ -2,49 +2,66 @@
 
 import hashlib
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 
 from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.regular import kind_of, open_regular, shown
 from rlhf.config.schema import SourceConfig
-from rlhf.data.conversation import Conversation, Refused
-from rlhf.data.formats import conversations as converted
 from rlhf.data.readers import can_read, read_rows, suffixes
+from rlhf.data.row_files import RowFiles, find_row_files
+from rlhf.data.text_files import Rows
 
 
-def source_files(source: SourceConfig, *, name: str) -> list[Path]:
+def source_files(source: SourceConfig, *, name: str) -> RowFiles:
     """The file, or the files below the directory in the order of their names."""
     key = f"data.sources.{name}.path"
     if not source.path:
         raise ConfigError(f"{key} is not set: give it a file or directory, as in  {key}=my.jsonl")
     path = Path(source.path).expanduser()
+    given = f"{key}={shown(source.path):.300}"
     endings = f"a file ending in {', '.join(suffixes())}"
-    if not path.exists():
-        raise DataError(f"{key}={source.path} does not exist: give {endings}, or a directory of them")
-    if not path.is_dir():
-        if not can_read(path):
-            raise DataError(f"{key}={source.path}: the name must be that of {endings}")
-        return [path]
-    files = sorted(file for file in path.rglob("*") if file.is_file() and can_read(file))
-    if not files:
-        raise DataError(f"{key}={source.path} has no such file: give {endings}, or a directory of them")
-    return files
+    try:
+        kind = kind_of(path)
+        if kind is None:
+            raise DataError(f"{given} does not exist: give {endings}, or a directory of them")
+        if kind not in ("file", "directory"):
+            raise DataError(f"{given} is {kind}: give {endings}, or a directory of them")
+        if kind == "file" and not can_read(path):
+            raise DataError(f"{given}: the name must be that of {endings}")
+        found = find_row_files(path, split=source.split, endings=suffixes())
+    except OSError as error:
+        raise DataError(f"{given} cannot be read: {error.strerror}") from error
+    if not found.files:
+        others = f" (but {_listed(found)})" if found.left_out else ""
+        raise DataError(f"{given} has no such file{others}: give {endings}, or a directory of them")
+    return found
 
 
-def conversations(source: SourceConfig, *, name: str) -> Iterator[Conversation | Refused]:
-    """Yield the rows of the files in the source's format."""
-    rows = chain.from_iterable(read_rows(file, source=name) for file in source_files(source, name=name))
-    return converted(rows, source, name=name)
+def _listed(found: RowFiles) -> str:
+    return ", ".join(f"{number} {reason}" for reason, number in found.left_out.items())
+
+
+def left_out(source: SourceConfig, *, name: str) -> str:
+    """How many files of a directory are not read, and why."""
+    found = source_files(source, name=name)
+    number = len(found.files)
+    return f"{number} file{'s' if number > 1 else ''} read, left out: {_listed(found)}" if found.left_out else ""
+
+
+def rows_by_file(source: SourceConfig, *, name: str) -> Iterator[tuple[str, Rows]]:
+    """The files in their order, each with its rows."""
+    for file in source_files(source, name=name).files:
+        yield shown(file), read_rows(file, source=name, limit=source.max_row_bytes)
 
 
 def content_digest(source: SourceConfig, *, name: str) -> str:
     """Hash of the files' names and bytes."""
     digest = hashlib.blake2b(digest_size=16)
-    for file in source_files(source, name=name):
+    for file in source_files(source, name=name).files:
         try:
-            with file.open("rb") as opened:
+            with open_regular(file) as opened:
                 content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         except OSError as error:
-            raise DataError(f"{file} cannot be read: {error.strerror}") from error
-        digest.update(f"{file.name} {content} ".encode())
+            raise DataError(f"{shown(file)} cannot be read: {error.strerror}") from error
+        digest.update(f"{shown(file.name)} {content} ".encode())
     return digest.hexdigest()

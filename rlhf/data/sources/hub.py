@@ -1,14 +1,16 @@
 """Data sets of the Hugging Face hub, through `datasets`: never with code of theirs, offline from its cache."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import SourceConfig
-from rlhf.data.conversation import Conversation, Refused
-from rlhf.data.formats import conversations as converted
+from rlhf.data.conversation import Refused
+from rlhf.data.tables import batch_rows
+from rlhf.data.text_files import Rows
 
-_BATCH = 1000
+_BATCH = 100
 
 
 def _load(source: SourceConfig, *, name: str) -> Any:
@@ -35,19 +37,18 @@ def _load(source: SourceConfig, *, name: str) -> Any:
             enable_progress_bars()
 
 
-def conversations(source: SourceConfig, *, name: str) -> Iterator[Conversation | Refused]:
-    """Yield the rows of one split in the source's format."""
-    dataset = _load(source, name=name)
+def rows_by_file(source: SourceConfig, *, name: str) -> Iterator[tuple[str, Rows]]:
+    """The rows of one split, as those of one file."""
     where = f"{source.path} [{source.split}]"
+    tables = _load(source, name=name).with_format("arrow").iter(batch_size=_BATCH)
+    batches = (batch for table in tables for batch in table.to_batches())
+    rows = batch_rows(batches, source.max_row_bytes, place=f"{where} row")
+    yield where, (replace(entry, source=name) if isinstance(entry, Refused) else entry for entry in rows)
 
-    def rows() -> Iterator[tuple[str, Any] | Refused]:
-        number = 0
-        for columns in dataset.iter(batch_size=_BATCH):
-            for values in zip(*columns.values(), strict=True):
-                number += 1
-                yield f"{where} row {number}", dict(zip(columns, values, strict=True))
 
-    return converted(rows(), source, name=name)
+def left_out(source: SourceConfig, *, name: str) -> str:
+    """A split is read whole."""
+    return ""
 
 
 def content_digest(source: SourceConfig, *, name: str) -> str:
