@@ -28,6 +28,7 @@ from rlhf.data.split import ALL_PARTS
 from rlhf.models.tokenizer import load_tokenizer, template_agrees
 
 CHUNK = 1000
+MOST_UNREAD = 200
 # Chunks that are tokenised here before it pays to start other processes, which takes seconds.
 ALONE = 30
 
@@ -39,18 +40,21 @@ def features() -> Any:
     ids, text, flag = List(Value("int32")), Value("string"), Value("bool")
     answer = {"ids": ids, "text": text, "truncated": flag}
     sides = {f"{side}_{key}": kind for side in ("chosen", "rejected") for key, kind in answer.items()}
-    messages = List({"role": text, "content": text})
+    messages = List({"role": text, "content": text, "fields": text})
     named = {name: text for name in ("source", "where", "prompt_text", "extra")}
-    return Features({"prompt_ids": ids, **sides, **named, "messages": messages})
+    targets = {"prompt_targets": ids, "answer_is_target": flag}
+    return Features({"prompt_ids": ids, **sides, **targets, **named, "messages": messages})
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was read, dropped and truncated."""
+    """What was read, dropped, truncated and not read, and what else is to be told."""
 
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     truncated: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: Counter[tuple[str, str]] = field(default_factory=Counter)
     long_prompts: list[str] = field(default_factory=list)
     bad_rows: list[str] = field(default_factory=list)
 
@@ -74,6 +78,11 @@ class _Writer:
         tally.read.update(encoded.read)
         tally.dropped.update(encoded.dropped)
         tally.truncated.update(encoded.truncated)
+        tally.notes.update(encoded.notes)
+        for (source, name), number in encoded.unread.items():
+            # Rows whose keys are numbers or names have no end of columns.
+            known = len(tally.unread) < MOST_UNREAD or (source, name) in tally.unread
+            tally.unread[source, name if known else "(others)"] += number
         for label, rows in encoded.rows.items():
             if label not in self._writers:
                 path = str(self._directory / f"{label}.arrow")
@@ -127,6 +136,8 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
         "truncated": _by_reason(writer.tally.truncated),
         "dropped_by_source": _by_source(writer.tally.dropped),
         "truncated_by_source": _by_source(writer.tally.truncated),
+        "unread_by_source": _by_source(writer.tally.unread),
+        "notes": _by_reason(writer.tally.notes),
         "mix": reports,
         "template_agrees": _agrees(tokenizer_dir, probe),
     }

@@ -18,23 +18,28 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.schema import ModelConfig, WeightSource
+from rlhf.models.turns import Turns, as_turns, named_fields, render, render_all
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 ADDED_PAD = "<|pad|>"
 
-# One special token opens a turn; EOS closes an answer, so several turns follow each other without ambiguity.
+# One special token opens a turn; EOS closes an answer, so several turns follow each other without ambiguity. What an
+# assistant writes is marked as generated: other programs find there what the loss is on (TRL's assistant_only_loss).
+_SAID = (
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+)
 SCRATCH_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}" + _SAID + "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # For pretrained models without a template of their own. An answer starts on its own line: no tokenizer joins its first
 # token with the newline before it.
 DEFAULT_TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}{% for message in messages %}"
-    "{{ message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}{% endfor %}"
+    "{{ message['role'].capitalize() + ':\\n' }}" + _SAID + "{% if message['role'] != 'assistant' %}{{ '\\n\\n' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
@@ -221,48 +226,38 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[list[int]]:
     """Token ids of prompts through the chat template, up to where the assistant begins to answer.
 
-    A prompt is a sequence of messages: objects with `role` and `content`.
+    A prompt is a sequence of messages: objects with `role`, `content` and perhaps `fields` (see data's Message).
     """
     if not prompts:
         return []
-    turns = [[{"role": message.role, "content": message.content} for message in prompt] for prompt in prompts]
-    texts = _rendered(tokenizer, turns)
+    conversations = [as_turns(prompt) for prompt in prompts]
+    texts = render_all(tokenizer, conversations, to_answer=True)
     encoded = [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
-    special = re.compile("|".join(re.escape(token) for token in _special_tokens(tokenizer)) or "(?!)")
-    for index, messages in enumerate(turns):
-        contents = [message["content"] for message in messages]
-        if any(special.search(content) for content in contents):
-            encoded[index] = _encode_around(tokenizer, texts[index], _placed(tokenizer, messages, texts[index]))
+    special = re.compile("|".join(re.escape(token) for token in special_tokens(tokenizer)) or "(?!)")
+    for index, turns in enumerate(conversations):
+        if special.search(named_fields(tokenizer, turns)):
+            raise ConfigError("a control token stands in tool calls, tools or the like, as text")
+        if any(special.search(turn["content"]) for turn in turns[0]):
+            encoded[index] = _encode_around(tokenizer, texts[index], _placed(tokenizer, turns, texts[index]))
     return encoded
 
 
-def _special_tokens(tokenizer: Any) -> list[str]:
+def special_tokens(tokenizer: Any) -> list[str]:
     """Every text that the tokenizer would turn into a control token, longest first."""
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     return sorted({*tokenizer.all_special_tokens, *added} - {""}, key=len, reverse=True)
 
 
-def _rendered(tokenizer: Any, turns: list[list[dict[str, str]]]) -> list[str]:
-    from jinja2 import TemplateError
-
-    try:
-        texts: list[str] = tokenizer.apply_chat_template(turns, add_generation_prompt=True, tokenize=False)
-    except (TemplateError, TypeError) as error:
-        raise ConfigError(f"the chat template fails: {error}. Mend it, or set model.chat_template") from error
-    if not all(texts):
-        raise ConfigError("the chat template makes nothing of a prompt: mend it, or set model.chat_template")
-    return texts
-
-
-def _placed(tokenizer: Any, turns: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
+def _placed(tokenizer: Any, conversation: Turns, text: str) -> list[tuple[int, int]]:
     """Where in a rendered prompt its messages' contents are: [start, end).
 
     The template is asked where it puts them by rendering other contents in their place. Where it does more with a
     content than strip it, the whole prompt counts as content: no part of it becomes a control token.
     """
+    turns, tools = conversation
     marks = [f"\ue000{number}\ue001" for number in range(len(turns))]
     marked = [{**turn, "content": mark} for turn, mark in zip(turns, marks, strict=True)]
-    pattern = tokenizer.apply_chat_template(marked, add_generation_prompt=True, tokenize=False)
+    pattern = render(tokenizer, (marked, tools), to_answer=True)
     spans, position = [], 0
     for number, fixed in enumerate(re.split("\ue000[0-9]+\ue001", pattern)):
         if number:
@@ -320,9 +315,10 @@ def template_agrees(tokenizer: Any, messages: Sequence[Any], response: str) -> b
     """
     from jinja2 import TemplateError
 
-    turns = [{"role": message.role, "content": message.content} for message in messages]
+    turns, tools = as_turns(messages)
     try:
-        whole = tokenizer.apply_chat_template([*turns, {"role": "assistant", "content": response}], tokenize=False)
+        answered = [*turns, {"role": "assistant", "content": response}]
+        whole = tokenizer.apply_chat_template(answered, tools=tools, tokenize=False)
         parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
     except (TemplateError, TypeError, ConfigError):
         return True

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.batch import PromptBatch
 from rlhf.data.collate import pad
 from rlhf.data.conversation import Message
+from rlhf.data.messages import message
 from rlhf.models.tokenizer import encode_prompts
 
 
@@ -26,11 +27,11 @@ def prompt_batch(
         prompt_ids and prompt_mask [B, P], and the records that hold the prompts' text.
 
     Raises:
-        ValueError: a column has another number of values.
+        ValueError: a column has another number of values, or a message is none.
         ConfigError: the chat template fails.
     """
     turns = [
-        tuple(Message(**turn) for turn in ([{"role": "user", "content": given}] if isinstance(given, str) else given))
+        (Message("user", given),) if isinstance(given, str) else tuple(message(turn, "a message") for turn in given)
         for given in prompts
     ]
     for name, values in columns.items():

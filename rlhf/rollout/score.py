@@ -140,6 +140,6 @@ def ended_with_eos(rollout: Rollout, *, eos_id: int) -> Bool[Tensor, " B"]:
 def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list[str]:
     """The responses as text, without special tokens."""
     return [
-        str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True)).strip()
+        str(tokenizer.decode(ids[mask].tolist(), skip_special_tokens=True))
         for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu(), strict=True)
     ]

@@ -8,7 +8,7 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
-from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
+from rlhf.data.prepare import PreparedData, content_fingerprint, described_unread, prepare_data, training_texts
 from rlhf.data.sources import source_module
 from rlhf.data.split import PTX, STAGES
 from rlhf.models.tokenizer import load_tokenizer, prepare_tokenizer
@@ -40,6 +40,9 @@ class Preflight:
             if counts[what]:
                 listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())
                 found.append(f"data: {what}: {listed}; listed in {self.data.problems_file}")
+        found += [f"data: {number} {note}" for note, number in counts["notes"].items()]
+        for source, unread in counts["unread_by_source"].items():
+            found.append(f"data: nobody reads of {source}: {described_unread(unread)}")
         if not counts["template_agrees"]:
             found.append(
                 "warning: the chat template does not end an answer with the tokenizer's EOS: training ends answers "
