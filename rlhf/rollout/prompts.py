@@ -1,7 +1,6 @@
 """From texts to a batch of prompts, for scripts of a user's own."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -39,8 +38,14 @@ def prompt_batch(
             raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
     prompt_ids, prompt_mask = pad(encode_prompts(tokenizer, turns), pad_id=int(tokenizer.pad_token_id), left=True)
     records = tuple(
-        {"messages": [asdict(turn) for turn in own], "source": ""}
+        {"messages": [_record(turn) for turn in own], "source": ""}
         | {name: values[number] for name, values in columns.items()}
         for number, own in enumerate(turns)
     )
     return PromptBatch(prompt_ids=prompt_ids, prompt_mask=prompt_mask, records=records)
+
+
+def _record(turn: Message) -> dict[str, str]:
+    """A message as a record has it."""
+    plain = {"role": turn.role, "content": turn.content}
+    return {**plain, "fields": turn.fields} if turn.fields else plain

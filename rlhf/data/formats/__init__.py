@@ -77,7 +77,7 @@ class Cells:
                 value = value[int(part)]
             else:
                 return _ABSENT
-        self.read.add(path.split(".")[0])
+        self.read.add(path)
         return value
 
     def named(self, name: str) -> str:
@@ -170,10 +170,19 @@ class Cells:
         return checked_prompt(prompts[0], what), [answer for _, answer in found]
 
     def unread(self) -> tuple[str, ...]:
-        """The columns with something in them that nobody looked at, as they may be printed."""
-        return tuple(
-            repr(str(key))[1:-1] for key, value in self.row.items() if key not in self.read and not is_empty(value)
-        )
+        """The columns with something in them that nobody looked at, as they may be printed; parts of one by a path."""
+        return tuple(repr(path)[1:-1] for path in self._unread(self.row, ""))
+
+    def _unread(self, value: Any, before: str) -> Iterator[str]:
+        items = value.items() if isinstance(value, Mapping) else enumerate(value)
+        for key, entry in items:
+            path = f"{before}{key}"
+            if path in self.read or is_empty(entry):
+                continue
+            if isinstance(entry, Mapping | list) and any(one.startswith(f"{path}.") for one in self.read):
+                yield from self._unread(entry, f"{path}.")
+            else:
+                yield path
 
 
 def same_turns(some: Sequence[Message], others: Sequence[Message], *, spacing: bool = True) -> bool:
