@@ -291,7 +291,7 @@ def retokenised_facts(folder: Path) -> dict[str, float]:
     ):
         real = ids[mask]
         ended = bool(real[-1] == tokenizer.eos_token_id)
-        answer = tokenizer.decode(real, skip_special_tokens=True).strip()
+        answer = tokenizer.decode(real, skip_special_tokens=True)
         whole = f"<|user|> {text} <|assistant|> {answer}{' </s>' if ended else ''}"
         with torch.no_grad():
             plain = classifier.eval()(torch.tensor([reward_tokenizer(whole)["input_ids"]])).logits[0, 0]
