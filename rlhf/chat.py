@@ -84,7 +84,7 @@ class Chat:
             kept_from = self._system_messages() + dropped
             self.history = self.history[: self._system_messages()] + self.history[kept_from:]
         written = self._generate(prompt_ids, output)
-        self.history += [question, Message(role="assistant", content=written.strip())]
+        self.history += [question, Message(role="assistant", content=written)]
 
     @property
     def context(self) -> int:

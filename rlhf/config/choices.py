@@ -60,6 +60,21 @@ class OnProblem(Enum):
     skip = "skip"
 
 
+class LossOn(Enum):
+    """The answers of a conversation that fine-tuning learns."""
+
+    auto = "auto"
+    last = "last"
+    all = "all"
+
+
+class Unread(Enum):
+    """What to do about columns and keys that nothing reads."""
+
+    list = "list"
+    error = "error"
+
+
 class Exhausted(Enum):
     """What a weighted source does whose rows are used up before the others' are."""
 

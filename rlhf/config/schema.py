@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING
 from rlhf.config.choices import Accelerator as Accelerator
 from rlhf.config.choices import Exhausted as Exhausted
 from rlhf.config.choices import LauncherKind as LauncherKind
+from rlhf.config.choices import LossOn as LossOn
 from rlhf.config.choices import Mode as Mode
 from rlhf.config.choices import Normalize as Normalize
 from rlhf.config.choices import OnProblem as OnProblem
 from rlhf.config.choices import Precision as Precision
 from rlhf.config.choices import Reuse as Reuse
 from rlhf.config.choices import Schedule as Schedule
+from rlhf.config.choices import Unread as Unread
 from rlhf.config.choices import WeightSource as WeightSource
 from rlhf.config.fields import option, option_factory
 from rlhf.config.policy import REWARD_MODEL as REWARD_MODEL
@@ -201,6 +203,13 @@ class DataConfig:
     on_bad_row: OnProblem = option(OnProblem.error, "Stop at rows that cannot be used, or skip and count them.")
     on_long_prompt: OnProblem = option(
         OnProblem.error, "Stop at prompts beyond max_prompt_length, or skip and count them."
+    )
+    unread: Unread = option(
+        Unread.list, "Columns and keys of messages that nothing reads: list and count them, or stop (error)."
+    )
+    loss_on: LossOn = option(
+        LossOn.auto,
+        "The answers of a conversation that SFT learns: last, all, or auto: all where a row is one conversation.",
     )
     sft_on_rejected: bool = option(False, "Fine-tune on the rejected answers as well as on the chosen ones.")
     workers: int | None = option(

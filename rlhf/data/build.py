@@ -33,6 +33,7 @@ from rlhf.models.tokenizer import load_tokenizer
 CHUNK = 1000
 # Characters of a chunk, of which a long row may be one alone: their tokens may take three hundred times as many bytes.
 CHUNK_TEXT = 4 * 1024**2
+MOST_UNREAD = 200
 # Chunks that are tokenised here before it pays to start other processes, which takes seconds.
 ALONE = 30
 # Characters of a reason in the list of problems.
@@ -46,18 +47,21 @@ def features() -> Any:
     ids, text, flag = List(Value("int32")), Value("string"), Value("bool")
     answer = {"ids": ids, "text": text, "truncated": flag}
     sides = {f"{side}_{key}": kind for side in ("chosen", "rejected") for key, kind in answer.items()}
-    messages = List({"role": text, "content": text})
+    messages = List({"role": text, "content": text, "fields": text})
     named = {name: text for name in ("source", "where", "prompt_text", "extra")}
-    return Features({"prompt_ids": ids, **sides, **named, "messages": messages})
+    targets = {"prompt_targets": ids, "answer_is_target": flag}
+    return Features({"prompt_ids": ids, **sides, **targets, **named, "messages": messages})
 
 
 @dataclass(slots=True)
 class Tally:
-    """What was read, dropped and truncated."""
+    """What was read, dropped, truncated and not read, and what else is to be told."""
 
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     truncated: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: Counter[tuple[str, str]] = field(default_factory=Counter)
     long_prompts: list[str] = field(default_factory=list)
     # Rows that the chat template refuses, by source.
     bad_rows: dict[str, BadRows] = field(default_factory=dict)
@@ -82,6 +86,11 @@ class _Writer:
         tally.read.update(encoded.read)
         tally.dropped.update(encoded.dropped)
         tally.truncated.update(encoded.truncated)
+        tally.notes.update(encoded.notes)
+        for (source, name), number in encoded.unread.items():
+            # Rows whose keys are numbers or names have no end of columns.
+            known = len(tally.unread) < MOST_UNREAD or (source, name) in tally.unread
+            tally.unread[source, name if known else "(others)"] += number
         for label, rows in encoded.rows.items():
             if label not in self._writers:
                 path = str(self._directory / f"{label}.arrow")
@@ -142,6 +151,8 @@ def build(data: DataConfig, tokenizer_dir: Path, directory: Path) -> None:
         "dropped_by_source": _by_source(writer.tally.dropped),
         "truncated_by_source": _by_source(writer.tally.truncated),
         "choices": notes,
+        "unread_by_source": _by_source(writer.tally.unread),
+        "notes": _by_reason(writer.tally.notes),
         "mix": reports,
         "template": check.findings(),
     }

@@ -37,12 +37,21 @@ def collate_prompts(rows: Sequence[Row], *, pad_id: int) -> PromptBatch:
 
 
 def collate_sft(rows: Sequence[Row], *, pad_id: int) -> SFTBatch:
-    """Join prompt and chosen answer and right-pad; the answer's tokens, EOS included, are the targets."""
+    """Join prompt and chosen answer and right-pad.
+
+    The targets are the answer's tokens, EOS included, unless `answer_is_target` is false, and those of earlier answers:
+    `prompt_targets` has where each of these begins and ends in the prompt, one behind the other.
+    """
     sequences = [[*row["prompt_ids"], *row["chosen_ids"]] for row in rows]
     sequence_ids, attention_mask = pad(sequences, pad_id=pad_id)
     prompt_lengths = torch.tensor([len(row["prompt_ids"]) for row in rows])
-    is_response = torch.arange(sequence_ids.shape[1])[None, :] >= prompt_lengths[:, None]
-    return SFTBatch(sequence_ids=sequence_ids, attention_mask=attention_mask, loss_mask=attention_mask & is_response)
+    is_target = torch.arange(sequence_ids.shape[1])[None, :] >= prompt_lengths[:, None]
+    for index, row in enumerate(rows):
+        is_target[index] &= row.get("answer_is_target", True)
+        places = row.get("prompt_targets") or ()
+        for start, end in zip(places[::2], places[1::2], strict=True):
+            is_target[index, start:end] = True
+    return SFTBatch(sequence_ids=sequence_ids, attention_mask=attention_mask, loss_mask=attention_mask & is_target)
 
 
 def collate_pairs(rows: Sequence[Row], *, pad_id: int, tail: Sequence[int] = ()) -> PreferenceBatch:

@@ -3,18 +3,20 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rlhf.config.errors import ConfigError
-from rlhf.config.schema import DataConfig
+from rlhf.config.schema import DataConfig, LossOn
 from rlhf.data.conversation import Conversation, Message
 from rlhf.data.split import STAGES, Part, canonical, part_of, uniform
+from rlhf.models.targets import answer_spans, encode_answer
 from rlhf.models.tokenizer import encode_prompts, encode_responses, encode_texts
+from rlhf.models.turns import render, unread_keys
 
 Row = dict[str, Any]
 # What is remembered of every row while the parts are put in order: 40 bytes.
@@ -33,17 +35,26 @@ META = np.dtype(
 LEFT_OUT = "beyond the source's fraction"
 BAD_ROW = "bad row"
 _UNSUITABLE = ("sft: no answer", "rm: no rejected answer")
+_NO_TARGET = "sft: no answer that is to be learnt (weight 0)"
+REWRITTEN = "conversations that the chat template rewrites as they go on: each answer is a row of its own"
+OPENING = "conversations that the assistant opens: its first turn answers nothing and is not learnt"
+SPACED = "answers with white space around them, which the chat template takes away: they are learnt as they are"
 
 
 @dataclass(slots=True)
 class Encoded:
-    """What became of a chunk: rows by part with what is remembered of them, and what was dropped or truncated."""
+    """What became of a chunk: rows by part with what is remembered of them, and what was dropped or truncated.
+
+    `unread` counts the rows that have something which nobody read, `notes` what else a person should know of.
+    """
 
     rows: dict[str, list[Row]] = field(default_factory=dict)
     meta: dict[str, list[tuple[Any, ...]]] = field(default_factory=dict)
     read: Counter[str] = field(default_factory=Counter)
     dropped: Counter[tuple[str, str]] = field(default_factory=Counter)
     truncated: Counter[tuple[str, str]] = field(default_factory=Counter)
+    unread: Counter[tuple[str, str]] = field(default_factory=Counter)
+    notes: Counter[tuple[str, str]] = field(default_factory=Counter)
     problems: list[Row] = field(default_factory=list)
 
     def note(self, kind: str, conversation: Conversation, part: Part, detail: str = "") -> None:
@@ -73,6 +84,7 @@ class Encoder:
 
     data: DataConfig
     tokenizer: Any
+    _known: list[bool] = field(default_factory=list)
     # The last conversation and its digest: a long text is in thousands of rows.
     _last: tuple[Conversation, int] | None = None
 
@@ -87,6 +99,7 @@ class Encoder:
         kept: list[tuple[Part, Conversation]] = []
         for conversation in conversations:
             found.read[conversation.source] += 1
+            found.unread.update((conversation.source, name) for name in conversation.unread)
             source = self.data.sources[conversation.source]
             part = part_of(conversation, self.data.split, stages=source.stages)
             if source.fraction < 1.0 and not self._is_picked(conversation, source.fraction):
@@ -116,19 +129,73 @@ class Encoder:
 
     def _add_turns(self, found: Encoded, items: Sequence[tuple[Part, Conversation]]) -> None:
         prompts = self._prompts(list({conversation.messages: None for _, conversation in items}))
-        texts = list({t.strip(): None for _, c in items for t in (c.chosen, c.rejected) if t is not None})
+        plain = [c.answer(side) for _, c in items for side in ("chosen", "rejected")]
+        texts = list({answer.content: None for answer in plain if answer is not None and not answer.fields})
         answers = dict(zip(texts, encode_responses(self.tokenizer, texts), strict=True))
         for part, conversation in items:
             prompt_ids = prompts[conversation.messages]
-            if isinstance(prompt_ids, str):
+            try:
+                ids = self._ids(found, conversation, prompt_ids, answers)
+            except ConfigError as error:
                 found.dropped[conversation.source, BAD_ROW] += 1
-                found.note(BAD_ROW, conversation, part, prompt_ids)
+                found.note(BAD_ROW, conversation, part, str(error))
                 continue
-            if len(prompt_ids) > self.data.max_prompt_length:
+            if len(ids["prompt"]) > self.data.max_prompt_length:
                 found.dropped[conversation.source, "prompt too long"] += 1
-                found.note("prompt too long", conversation, part, f"{len(prompt_ids)} tokens")
+                found.note("prompt too long", conversation, part, f"{len(ids['prompt'])} tokens")
                 continue
-            self._add_row(found, part, conversation, prompt_ids, answers)
+            self._add_row(found, part, conversation, ids)
+
+    def _ids(
+        self,
+        found: Encoded,
+        conversation: Conversation,
+        prompt: list[int] | str,
+        answers: Mapping[str, list[int]],
+    ) -> dict[str, list[int]]:
+        """Token ids of the prompt and the answers; raises ConfigError with what the template makes impossible."""
+        if isinstance(prompt, str):
+            raise ConfigError(prompt)
+        ids = {"prompt": prompt}
+        unread = self._unread(conversation)
+        for side in ("chosen", "rejected"):
+            answer = conversation.answer(side)
+            if answer is None:
+                continue
+            if not answer.fields:
+                ids[side] = answers[answer.content]
+                edged = answer.content != answer.content.strip()
+                if side == "chosen" and edged and self._strips:
+                    found.notes[conversation.source, SPACED] += 1
+            else:
+                ids[side] = encode_answer(self.tokenizer, conversation.messages, answer)
+        found.unread.update((conversation.source, key if key == "tools" else f"messages[].{key}") for key in unread)
+        return ids
+
+    def _unread(self, conversation: Conversation) -> list[str]:
+        """Keys of messages that the template does not show; raises ConfigError where nothing is left of a message."""
+        sides = [conversation.answer(side) for side in ("chosen", "rejected")]
+        messages = [*conversation.messages, *(answer for answer in sides if answer is not None)]
+        if not any(message.fields for message in messages):
+            return []
+        unread = unread_keys(self.tokenizer, messages)
+        if "tool_calls" in unread and any(not one.content and "tool_calls" in one.fields for one in messages):
+            raise ConfigError(
+                "a message is nothing but tool_calls, which the chat template does not show: set model.chat_template "
+                "to one that does"
+            )
+        return unread
+
+    @property
+    def _strips(self) -> bool:
+        """Whether the template takes away white space around an answer."""
+        if not self._known:
+            turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "  \ue000  "}]
+            try:
+                self._known.append("  \ue000  " not in render(self.tokenizer, (turns, None), to_answer=False))
+            except ConfigError:
+                self._known.append(False)
+        return self._known[0]
 
     def _prompts(self, unique: list[tuple[Message, ...]]) -> dict[tuple[Message, ...], list[int] | str]:
         """Each prompt's ids, or why the chat template makes nothing of it."""
@@ -143,20 +210,13 @@ class Encoder:
                     found[messages] = str(error)
             return found
 
-    def _add_row(
-        self,
-        found: Encoded,
-        part: Part,
-        conversation: Conversation,
-        prompt_ids: list[int],
-        answers: dict[str, list[int]],
-    ) -> None:
+    def _add_row(self, found: Encoded, part: Part, conversation: Conversation, ids: Mapping[str, list[int]]) -> None:
         """Give a row to its stage. Every stage is evaluated on the held-out prompts, and none is trained on them."""
         limited = self.data.sources[conversation.source].stages or STAGES
         stages = [stage for stage in STAGES if stage in limited] if part.held_out else [part.stage]
         refused: dict[Part, str] = {}
         for use in (Part(stage, part.held_out) for stage in stages):
-            row = self._row(found, use, conversation, prompt_ids, answers)
+            row = self._row(found, use, conversation, ids)
             if reason := getattr(self, f"_add_{use.stage}")(found, use, conversation, row):
                 refused[use] = reason
         for use, reason in refused.items():
@@ -170,48 +230,91 @@ class Encoder:
             "source": conversation.source,
             "where": conversation.where,
             "prompt_text": conversation.prompt_text,
-            "messages": [asdict(message) for message in conversation.messages],
+            "messages": [
+                {key: getattr(one, key) for key in ("role", "content", "fields")} for one in conversation.messages
+            ],
             "extra": json.dumps(conversation.extra, default=str) if conversation.extra else None,
+            "prompt_targets": [],
+            "answer_is_target": True,
             "chosen_truncated": False,
             **_no_rejected(),
         }
 
-    def _row(
-        self,
-        found: Encoded,
-        part: Part,
-        conversation: Conversation,
-        prompt_ids: list[int],
-        answers: dict[str, list[int]],
-    ) -> Row:
-        row: Row = {**self._blank(conversation), "prompt_ids": prompt_ids}
+    def _row(self, found: Encoded, part: Part, conversation: Conversation, ids: Mapping[str, list[int]]) -> Row:
+        row: Row = {**self._blank(conversation), "prompt_ids": ids["prompt"]}
         limit = self.data.max_response_length
-        for side, text in (("chosen", conversation.chosen), ("rejected", conversation.rejected)):
-            stripped = None if text is None else text.strip()
-            ids = None if stripped is None else answers[stripped]
-            is_long = ids is not None and len(ids) > limit
-            row |= {f"{side}_text": stripped, f"{side}_truncated": is_long}
+        for side in ("chosen", "rejected"):
+            answer, own = conversation.answer(side), ids.get(side)
+            is_long = own is not None and len(own) > limit
+            text = None if answer is None else answer.content
+            if answer is not None and answer.fields and own is not None:
+                text = self.tokenizer.decode(own[:-1], skip_special_tokens=False)
+            row |= {f"{side}_text": text, f"{side}_truncated": is_long}
             # A truncated answer keeps no EOS: it did not end there.
-            row[f"{side}_ids"] = ids[:limit] if ids is not None else None
+            row[f"{side}_ids"] = own[:limit] if own is not None else None
             # PPO reads no answers.
-            if is_long and ids is not None and part.stage != "ppo":
+            if is_long and own is not None and part.stage != "ppo":
                 found.truncated[conversation.source, f"{part.label} {side}"] += 1
-                found.note(f"{side} answer truncated", conversation, part, f"{len(ids)} tokens")
+                found.note(f"{side} answer truncated", conversation, part, f"{len(own)} tokens")
         return row
 
     def _add_sft(self, found: Encoded, part: Part, conversation: Conversation, row: Row) -> str | None:
         if row["chosen_ids"] is None:
             return "sft: no answer"
-        self._append(found, part, conversation, {**row, **_no_rejected()})
+        spans = self._earlier(conversation, row["prompt_ids"])
+        if spans is None:
+            self._add_each(found, part, conversation)
+        targets = [place for span in spans or () for place in span]
+        row = {**row, "prompt_targets": targets, "answer_is_target": conversation.learn}
+        if conversation.learn or targets:
+            self._append(found, part, conversation, {**row, **_no_rejected()})
         if self.data.sft_on_rejected and row["rejected_ids"] is not None:
             chosen = {f"chosen_{key}": row[f"rejected_{key}"] for key in ("ids", "text", "truncated")}
-            self._append(found, part, conversation, {**row, **chosen, **_no_rejected()})
-        return None
+            chosen["answer_is_target"] = True
+            self._append(found, part, conversation, {**row, **chosen, **_no_rejected(), "prompt_targets": []})
+        return None if conversation.learn or targets or spans is None else _NO_TARGET
+
+    def _earlier(self, conversation: Conversation, prompt_ids: list[int]) -> list[tuple[int, int]] | None:
+        """Where the loss is on answers within the prompt; None if they have to be learnt as rows of their own."""
+        wanted = self.data.loss_on
+        if wanted is LossOn.last or (wanted is LossOn.auto and not conversation.whole):
+            return []
+        if not any(one.role == "assistant" and one.learn for one in conversation.messages):
+            return []
+        return answer_spans(self.tokenizer, conversation.messages, prompt_ids)
+
+    def _add_each(self, found: Encoded, part: Part, conversation: Conversation) -> None:
+        """A row for each earlier answer, behind the prompt that it answers: of the part of the whole conversation."""
+        found.notes[conversation.source, REWRITTEN] += 1
+        for number, one in enumerate(conversation.messages):
+            if one.role != "assistant" or not one.learn:
+                continue
+            if not any(before.role in ("user", "tool") for before in conversation.messages[:number]):
+                found.notes[conversation.source, OPENING] += 1
+                continue
+            own = replace(
+                conversation,
+                messages=conversation.messages[:number],
+                chosen=one.content,
+                chosen_fields=one.fields,
+                rejected=None,
+                rejected_fields="",
+                learn=True,
+                where=f"{conversation.where}, message {number + 1}",
+            )
+            try:
+                (prompt,) = encode_prompts(self.tokenizer, [own.messages])
+                ids = {"prompt": prompt, "chosen": encode_answer(self.tokenizer, own.messages, one)}
+            except ConfigError as error:
+                found.dropped[conversation.source, BAD_ROW] += 1
+                found.note(BAD_ROW, own, part, str(error))
+                continue
+            self._append(found, part, own, self._row(found, part, own, ids))
 
     def _add_rm(self, found: Encoded, part: Part, conversation: Conversation, row: Row) -> str | None:
         if row["rejected_ids"] is None:
             return "rm: no rejected answer"
-        if row["chosen_text"] == row["rejected_text"]:
+        if row["chosen_ids"] == row["rejected_ids"]:
             return "rm: both answers equal"
         if row["chosen_truncated"] or row["rejected_truncated"]:
             # The score is read at EOS, which a truncated answer does not have.

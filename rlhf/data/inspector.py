@@ -1,6 +1,6 @@
 """What is in prepared data: lengths, truncation, duplicates, overlaps, languages, and examples with their loss mask."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,7 @@ def _facts(rows: Any, mine: NDArray[np.int64], meta: NDArray[Any], part: Part, s
     sample = mine[:: max(1, len(mine) // _TEXTS)]
     texts = (row["prompt_text"] + "\n" + (row["chosen_text"] or "") for row in fetch_rows(rows, sample))
     total = int((prompt + chosen).sum())
+    targets = _target_count(rows, mine, chosen) if part.stage in ("sft", "ptx") and total else 0
     return PartFacts(
         source=source,
         part=part.label,
@@ -76,7 +77,7 @@ def _facts(rows: Any, mine: NDArray[np.int64], meta: NDArray[Any], part: Part, s
         prompt_tokens=_quantiles(prompt),
         response_tokens=_quantiles(answers),
         truncated=cut / max(1, len(answers)),
-        loss_share=int(chosen.sum()) / total if part.stage in ("sft", "ptx") and total else None,
+        loss_share=targets / total if part.stage in ("sft", "ptx") and total else None,
         duplicates=len(meta) - len(np.unique(meta["identity"])),
         longer_chosen=float((chosen > rejected)[differ].mean()) if differ.any() else None,
         languages=language_shares(texts),
@@ -86,6 +87,15 @@ def _facts(rows: Any, mine: NDArray[np.int64], meta: NDArray[Any], part: Part, s
 def _count(rows: Any, column: str, mine: NDArray[np.int64]) -> int:
     """True entries of a column of flags."""
     return int(np.asarray(rows.with_format("numpy")[column], dtype=bool)[mine].sum())
+
+
+def _target_count(rows: Any, mine: NDArray[np.int64], chosen: NDArray[np.int64]) -> int:
+    """Tokens that SFT's loss is on: those of answers that are learnt, and of earlier answers within the prompts."""
+    learnt = np.asarray(rows.with_format("numpy")["answer_is_target"], dtype=bool)[mine]
+    within = mine[column_lengths(rows, "prompt_targets")[mine] > 0]
+    places = (row["prompt_targets"] for row in fetch_rows(rows.select_columns(["prompt_targets"]), within))
+    earlier: int = sum(sum(own[1::2]) - sum(own[::2]) for own in places)
+    return int(chosen[learnt].sum()) + earlier
 
 
 def _quantiles(values: NDArray[np.int64]) -> tuple[float, ...]:
@@ -136,7 +146,7 @@ def examples(prepared: PreparedData, tokenizer: Any, *, count: int) -> Iterator[
                 yield Example(part=part.label, source=row["source"], where=row["where"], title=shown, pieces=pieces)
 
 
-def _targets(part: Part, row: dict[str, Any]) -> Iterator[tuple[str, range]]:
+def _targets(part: Part, row: dict[str, Any]) -> Iterator[tuple[str, Collection[int]]]:
     """Which answers of a row a stage reads, and the positions that its loss is on."""
     start = len(row["prompt_ids"])
     if part.stage == "ppo":
@@ -146,11 +156,14 @@ def _targets(part: Part, row: dict[str, Any]) -> Iterator[tuple[str, range]]:
             end = start + len(row[f"{side}_ids"])
             yield side, range(end - 1, end)
     else:
+        places = row["prompt_targets"]
+        earlier = {place for pair in zip(places[::2], places[1::2], strict=True) for place in range(*pair)}
+        end = start + len(row["chosen_ids"]) if row["answer_is_target"] else start
         # The very first token of a plain text is predicted from nothing.
-        yield "chosen", range(max(start, 1), start + len(row["chosen_ids"]))
+        yield "chosen", earlier | set(range(max(start, 1), end))
 
 
-def _pieces(tokenizer: Any, ids: Sequence[int], targets: range) -> Iterator[tuple[str, bool]]:
+def _pieces(tokenizer: Any, ids: Sequence[int], targets: Collection[int]) -> Iterator[tuple[str, bool]]:
     """Decoded runs of tokens that have the loss on them and runs that have not."""
     run: list[int] = []
     for position, token in enumerate(ids):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from rlhf.config.errors import ConfigError, DataError
-from rlhf.config.schema import DataConfig
+from rlhf.config.schema import DataConfig, Unread
 from rlhf.config.writing import whole_directory
 from rlhf.data.build import build
 from rlhf.data.conversation import Conversation
@@ -20,11 +20,14 @@ from rlhf.data.sources import read_sources, source_module
 from rlhf.data.split import PTX, Part, part_of
 from rlhf.models.tokenizer import load_tokenizer, tokenizer_digest
 
-# The modules that decide which rows there are, beside the sources and the formats.
+# The modules that decide which tokens a row has.
+_TOKENS = ("tokenizer.py", "template.py", "turns.py", "targets.py")
+# Those that decide which rows there are, beside the sources and the formats.
 _READING = (
     "arrow_sizes.py",
     "bad_rows.py",
     "conversation.py",
+    "messages.py",
     "detect.py",
     "json_rows.py",
     "parquet_pages.py",
@@ -49,7 +52,8 @@ class PreparedData:
 
         Columns: prompt_ids, chosen_ids, rejected_ids (lists of int; rejected_ids is None without a rejected answer),
         chosen_truncated, rejected_truncated, source, where, prompt_text, messages (the prompt's turns, {"role",
-        "content"}), chosen_text, rejected_text, extra (JSON of the columns that the source keeps, or None).
+        "content", "fields"}), chosen_text, rejected_text, extra (JSON of the columns that the source keeps, or None),
+        prompt_targets and answer_is_target (what SFT's loss is on: see collate_sft).
         """
         from datasets import Dataset
 
@@ -117,10 +121,11 @@ def content_fingerprint(data: DataConfig) -> str:
 def _fingerprint(data: DataConfig, tokenizer_dir: Path) -> str:
     weights = {name: source.weight for name, source in data.sources.items()}
     limits = [data.max_prompt_length, data.max_response_length, data.on_long_prompt.name, data.sft_on_rejected]
+    limits.append(data.loss_on.name)
     here = Path(__file__).parent
     names = ("prepare.py", "build.py", "encode.py", "mix.py", "template_check.py")
     code = [(here / name).read_text(encoding="utf-8") for name in names]
-    code += [(here.parent / "models" / name).read_text(encoding="utf-8") for name in ("tokenizer.py", "template.py")]
+    code += [(here.parent / "models" / name).read_text(encoding="utf-8") for name in _TOKENS]
     code += [metadata.version(package) for package in ("datasets", "tokenizers", "transformers")]
     tokenizer = tokenizer_digest(load_tokenizer(tokenizer_dir))
     return _hash(code, content_fingerprint(data), weights, data.exhausted.name, limits, tokenizer)
@@ -137,6 +142,25 @@ def training_texts(data: DataConfig) -> Iterator[str]:
 def _is_demonstration(conversation: Conversation, data: DataConfig) -> bool:
     stages = data.sources[conversation.source].stages
     return part_of(conversation, data.split, stages=stages) == Part("sft", False)
+
+
+def _check_unread(unread: dict[str, dict[str, int]], data: DataConfig) -> None:
+    """Raise DataError for columns and keys that nobody read, if they are not to be."""
+    if not unread or data.unread is not Unread.error:
+        return
+    listed = "\n  ".join(f"data.sources.{name}: {described_unread(found)}" for name, found in unread.items())
+    raise DataError(
+        f"data.unread=error: these columns and keys are read by nobody:\n  {listed}\n"
+        "Name them in `columns` of the source where the format has a column for them, take them out of the rows, or "
+        "set data.unread=list to train without them"
+    )
+
+
+def described_unread(found: dict[str, int], *, most: int = 8) -> str:
+    """Columns and keys that nobody read, the commonest first, with the number of rows that have them."""
+    ordered = sorted(found.items(), key=lambda entry: (-entry[1], entry[0]))
+    more = f", and {len(ordered) - most} more" if len(ordered) > most else ""
+    return ", ".join(f"{name:.60} ({number} rows)" for name, number in ordered[:most]) + more
 
 
 def prepare_data(data: DataConfig, *, tokenizer_dir: Path, cache_dir: Path) -> PreparedData:
@@ -158,4 +182,5 @@ def prepare_data(data: DataConfig, *, tokenizer_dir: Path, cache_dir: Path) -> P
                 if _fingerprint(data, tokenizer_dir) != fingerprint:
                     raise DataError(f"data={data.name}: its files changed while they were read: run it again")
     counts = json.loads((target / "counts.json").read_text(encoding="utf-8"))
+    _check_unread(counts["unread_by_source"], data)
     return PreparedData(directory=target, fingerprint=fingerprint, counts=counts)

@@ -40,9 +40,14 @@ def uniform(text: str) -> float:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") / 2**64
 
 
-def canonical(messages: Sequence[Message]) -> list[tuple[str, str]]:
-    """Turns as they are compared: white space around them, which templates strip, and Unicode's forms do not count."""
-    return [(message.role, unicodedata.normalize("NFC", message.content.strip())) for message in messages]
+def canonical(messages: Sequence[Message]) -> list[tuple[str, ...]]:
+    """Turns as they are compared: white space around them and Unicode's forms do not tell two prompts apart."""
+
+    def turn(one: Message) -> tuple[str, ...]:
+        said = (one.role, unicodedata.normalize("NFC", one.content.strip()))
+        return (*said, one.fields) if one.fields else said
+
+    return [turn(one) for one in messages]
 
 
 def assign(messages: tuple[Message, ...], split: SplitConfig, *, stages: Sequence[str] = ()) -> Part:

@@ -9,24 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf.config.errors import ConfigError
-from rlhf.models.door import reason
+from rlhf.models.turns import Turns, render, render_all
 
-Turns = list[dict[str, Any]]
 _PROMPT, _ANSWER = "\ue001", "\ue000"  # Stand for contents: no template trims, capitalises or looks for them.
-_HINT = "Mend it, or set model.chat_template"
-
-
-def rendered(tokenizer: Any, conversations: Sequence[Turns], *, generation_prompt: bool) -> list[str]:
-    """What the template makes of conversations; raises ConfigError where it fails or makes nothing."""
-    try:
-        texts: list[str] = tokenizer.apply_chat_template(
-            list(conversations), add_generation_prompt=generation_prompt, tokenize=False
-        )
-    except Exception as error:  # A template is a program, which may divide by zero.
-        raise ConfigError(f"the chat template fails: {reason(error)}. {_HINT}") from error
-    if not all(texts):
-        raise ConfigError(f"the chat template makes nothing of a prompt. {_HINT}")
-    return texts
 
 
 def special_tokens(tokenizer: Any) -> list[str]:
@@ -61,7 +46,7 @@ def end_of_turn(tokenizer: Any) -> int:
         return eos
     turns = [{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _ANSWER}]
     try:
-        (text,) = rendered(tokenizer, [turns], generation_prompt=False)
+        text = render(tokenizer, (turns, None), to_answer=False)
     except ConfigError:
         return eos
     _, there, behind = text.rpartition(_ANSWER)
@@ -113,22 +98,22 @@ def _without(tokenizer: Any, text: str, *, written: str) -> list[int]:
     return [token for ids in encoded_halves for token in ids]
 
 
-def encoded(tokenizer: Any, conversations: Sequence[Turns], *, generation_prompt: bool) -> list[list[int]]:
+def encoded(tokenizer: Any, conversations: Sequence[Turns], *, to_answer: bool) -> list[list[int]]:
     """Token ids of rendered conversations: control tokens that the template writes, and plain text in the messages.
 
     Raises:
         ConfigError: the template fails, or does something with a control token inside a message, so that it cannot be
             told which of those that it writes are its own.
     """
-    texts = rendered(tokenizer, conversations, generation_prompt=generation_prompt)
+    texts = render_all(tokenizer, conversations, to_answer=to_answer)
     ids = [list(each) for each in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     special = special_tokens(tokenizer)
     control, holds_one = any_of(special), finder(special)
     for index, turns in enumerate(conversations):
-        found = next(filter(holds_one, _strings(turns)), None)
+        found = next(filter(holds_one, _strings(list(turns))), None)
         if found is not None:
             hidden, show = _hidden(turns, special, control)
-            (masked,) = rendered(tokenizer, [hidden], generation_prompt=generation_prompt)
+            masked = render(tokenizer, hidden, to_answer=to_answer)
             if show(masked) != texts[index]:
                 token = control.findall(found)[0]
                 raise ConfigError(
@@ -160,7 +145,7 @@ def _replaced(value: Any, change: Callable[[str], str]) -> Any:
 
 def _hidden(turns: Turns, special: list[str], control: re.Pattern[str]) -> tuple[Turns, Callable[[str], str]]:
     """The turns with numbers between marks for the control tokens in their texts, and what puts these back."""
-    written = "".join(_strings(turns))
+    written = "".join(_strings(list(turns)))
     mark = next(sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in written)
 
     def hide(text: str) -> str:
@@ -169,7 +154,8 @@ def _hidden(turns: Turns, special: list[str], control: re.Pattern[str]) -> tuple
     def show(text: str) -> str:
         return re.sub(f"{mark}([0-9]+){mark}", lambda number: special[int(number.group(1))], text)
 
-    return _replaced(turns, hide), show
+    messages, tools = (_replaced(part, hide) for part in turns)
+    return (messages, tools), show
 
 
 def _encode_masked(tokenizer: Any, masked: str, control: re.Pattern[str], show: Callable[[str], str]) -> list[int]:

@@ -20,24 +20,29 @@ from rlhf.config.schema import ModelConfig, WeightSource
 from rlhf.config.templates import chat_template_text
 from rlhf.config.writing import whole_directory
 from rlhf.models.door import check_tokenizer, reason
-from rlhf.models.template import Turns, encoded, end_of_turn, plain_ids
+from rlhf.models.template import encoded, end_of_turn, plain_ids
+from rlhf.models.turns import as_turns
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
 ADDED_PAD = "<|pad|>"
 
-# One special token opens a turn; EOS closes an answer, so several turns follow each other without ambiguity.
+# One special token opens a turn; EOS closes an answer, so several turns follow each other without ambiguity. What an
+# assistant writes is marked as generated: other programs find there what the loss is on (TRL's assistant_only_loss).
+_SAID = (
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}"
+)
 SCRATCH_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' + message['content'] }}"
-    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for message in messages %}{{ '<|' + message['role'] + '|>' }}" + _SAID + "{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
 # For pretrained models without a template of their own. An answer starts on its own line: no tokenizer joins its first
 # token with the newline before it.
 DEFAULT_TEMPLATE = (
     "{% if bos_token %}{{ bos_token }}{% endif %}{% for message in messages %}"
-    "{{ message['role'].capitalize() + ':\\n' + message['content'] }}"
-    "{{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}{% endfor %}"
+    "{{ message['role'].capitalize() + ':\\n' }}" + _SAID + "{% if message['role'] != 'assistant' %}{{ '\\n\\n' }}"
+    "{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 
@@ -228,15 +233,11 @@ def tokenizer_digest(tokenizer: Any) -> str:
 def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[list[int]]:
     """Token ids of prompts through the chat template, up to where the assistant begins to answer.
 
-    A prompt is a sequence of messages: objects with `role` and `content`.
+    A prompt is a sequence of messages: objects with `role`, `content` and perhaps `fields` (see data's Message).
     """
     if not prompts:
         return []
-    return encoded(tokenizer, [_turns(prompt) for prompt in prompts], generation_prompt=True)
-
-
-def _turns(messages: Sequence[Any]) -> Turns:
-    return [{"role": message.role, "content": message.content} for message in messages]
+    return encoded(tokenizer, [as_turns(prompt) for prompt in prompts], to_answer=True)
 
 
 def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
@@ -268,9 +269,10 @@ def template_agrees(tokenizer: Any, messages: Sequence[Any], response: str) -> b
 
     Of a conversation that the template refuses nothing is known: True.
     """
-    turns = [*_turns(messages), {"role": "assistant", "content": response}]
+    turns, tools = as_turns(messages)
+    answered = [*turns, {"role": "assistant", "content": response}]
     try:
-        (whole,) = encoded(tokenizer, [turns], generation_prompt=False)
+        (whole,) = encoded(tokenizer, [(answered, tools)], to_answer=False)
         parts = encode_prompt(tokenizer, messages) + encode_response(tokenizer, response)
     except ConfigError:
         return True

@@ -151,6 +151,4 @@ def response_texts(rollout: Rollout, tokenizer: PreTrainedTokenizerBase) -> list
     rows = [
         ids[mask].tolist() for ids, mask in zip(rollout.response_ids.cpu(), rollout.response_mask.cpu(), strict=True)
     ]
-    return [
-        str(tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids, skip_special_tokens=True)).strip() for ids in rows
-    ]
+    return [str(tokenizer.decode(ids[:-1] if ids[-1:] == [end] else ids, skip_special_tokens=True)) for ids in rows]

@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
-from rlhf.data.prepare import PreparedData, content_fingerprint, prepare_data, training_texts
+from rlhf.data.prepare import PreparedData, content_fingerprint, described_unread, prepare_data, training_texts
 from rlhf.data.sources import source_module
 from rlhf.data.split import PTX, STAGES
 from rlhf.models.score_rule import score_tail
@@ -46,6 +46,9 @@ class Preflight:
             if counts[what]:
                 listed = ", ".join(f"{number} ({reason})" for reason, number in counts[what].items())
                 found.append(f"data: {what}: {listed}; listed in {self.data.problems_file}")
+        found += [f"data: {number} {note}" for note, number in counts["notes"].items()]
+        for source, unread in counts["unread_by_source"].items():
+            found.append(f"data: nobody reads of {source}: {described_unread(unread)}")
         told = "other programs give the model other tokens; model.chat_template sets another template"
         found += [f"warning: {finding}: {told}" for finding in counts["template"]]
         return [*found, *ends_told(load_tokenizer(self.tokenizer_dir))]

@@ -13,14 +13,17 @@ from rlhf.config.errors import DataError
 from rlhf.config.schema import (
     DataConfig,
     Exhausted,
+    LossOn,
     ModelConfig,
     OnProblem,
     ScratchConfig,
     SourceConfig,
     SplitConfig,
+    Unread,
     WeightSource,
 )
 from rlhf.data.conversation import Conversation, Message
+from rlhf.data.encode import REWRITTEN
 from rlhf.data.inspector import examples, overlaps, part_facts
 from rlhf.data.loader import GlobalLoader, row_lengths
 from rlhf.data.prepare import PreparedData, prepare_data
@@ -439,3 +442,51 @@ def test_long_rows_are_chunked_by_their_length(
     assert done.counts["read"] == {"a": 5}
     rows = [row for held_out in (False, True) if done.has_part("ptx", held_out) for row in done.part("ptx", held_out)]
     assert "".join(sorted(row["chosen_text"] for row in rows if row["chosen_text"])).count("3") == 200
+
+
+def test_what_nobody_reads_is_counted_and_may_stop_the_run(tokenizer_dir: Path, tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"p {n}", "completion": "c", "topic": "t", **({"note": "n"} if n < 7 else {})} for n in range(50)
+    ]
+    source = SourceConfig(path=rows_file(tmp_path / "rows.jsonl", rows), format="completion")
+    data = DataConfig(sources={"main": source})
+    done = prepared(data, tokenizer_dir, tmp_path)
+    assert done.counts["unread_by_source"] == {"main": {"topic": 50, "note": 7}}
+    # Also where the same rows were prepared before.
+    with pytest.raises(
+        DataError, match=r"data\.sources\.main: topic \(50 rows\), note \(7 rows\)\n.*data\.unread=list"
+    ):
+        prepared(replace(data, unread=Unread.error), tokenizer_dir, tmp_path)
+    kept = replace(data, sources={"main": replace(source, keep=["topic"])}, unread=Unread.error)
+    with pytest.raises(DataError, match=r"main: note \(7 rows\)\n"):
+        prepared(kept, tokenizer_dir, tmp_path)
+    many = [{"prompt": f"p {n}", "completion": "c", f"key {n}": 1} for n in range(300)]
+    source = SourceConfig(path=rows_file(tmp_path / "many.jsonl", many), format="completion")
+    unread = prepared(DataConfig(sources={"main": source}), tokenizer_dir, tmp_path).counts["unread_by_source"]["main"]
+    assert len(unread) == 201 and unread["(others)"] == 100
+
+
+def test_several_answers_of_a_conversation_are_counted_and_shown(tokenizer_dir: Path, tmp_path: Path) -> None:
+    turns = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "x|one"), ("user", "r"))]
+    rows = [{"messages": [*turns, {"role": "assistant", "content": f"two {n}"}]} for n in range(40)]
+    source = SourceConfig(path=rows_file(tmp_path / "rows.jsonl", rows), format="conversational", stages=["sft"])
+    data = DataConfig(sources={"main": source}, split=SplitConfig(held_out=0.0))
+    whole = prepared(data, tokenizer_dir, tmp_path)
+    (fact,) = part_facts(whole)
+    part = whole.part("sft", False)
+    targets = [len(row["chosen_ids"]) + row["prompt_targets"][1] - row["prompt_targets"][0] for row in part]
+    assert fact.rows == 40 and fact.loss_share == pytest.approx(sum(targets) / int(row_lengths(part).sum()))
+    (shown,) = examples(whole, load_tokenizer(tokenizer_dir), count=1)
+    assert next(text for text, target in shown.pieces if target) == "x|one</s>" and len(shown.pieces) == 4
+    assert prepared(replace(data, loss_on=LossOn.last), tokenizer_dir, tmp_path).fingerprint != whole.fingerprint
+    tokenizer = load_tokenizer(tokenizer_dir)
+    tokenizer.chat_template = (
+        "{% for m in messages %}<|user|>{{ m.content if loop.last else m.content.split('|')[-1] }}{{ eos_token }}"
+        "{% endfor %}{% if add_generation_prompt %}<|user|>{% endif %}"
+    )
+    tokenizer.save_pretrained(str(tmp_path / "forgets"))
+    each = prepared(data, tmp_path / "forgets", tmp_path)
+    assert each.counts["notes"] == {REWRITTEN: 40}
+    # The first answer is the same in all of them, and is learnt once.
+    assert each.counts["parts"]["sft_train"]["rows"] == 41
+    assert each.counts["dropped"] == {"sft: answer seen before": 39}

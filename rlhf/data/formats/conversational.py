@@ -1,11 +1,18 @@
-"""One conversation as a list of messages; its last answer is what is learnt."""
+"""One conversation as a list of messages: OpenAI's, TRL's, ShareGPT's."""
 
-from rlhf.data.formats import Cells, Draft, checked_prompt
+from rlhf.data.formats import SHARED, Cells, Draft, checked_prompt
 
-COLUMNS = {"messages": "messages of system, user and assistant, the last one the assistant's"}
+COLUMNS = {
+    "messages": "messages of system, user, assistant and tool, the last one the assistant's",
+    "conversations": "ShareGPT's name of them; may be missing",
+    **SHARED,
+}
 
 
 def read(row: Cells) -> Draft:
-    """The prompt is everything before the last message."""
-    messages = checked_prompt(row.turns("messages")[:-1], f"{row.named('messages')} without its last message")
-    return Draft(messages=messages, chosen=row.answer("messages"))
+    """The prompt is everything before the last message; every answer in it is as good as the last."""
+    name = "conversations" if row.says("conversations") and not row.says("messages") else "messages"
+    row.turns(name)  # Says what is wrong with them, a text among it.
+    messages, answer = row.answer(name)
+    prompt = checked_prompt(messages, f"{row.named(name)} without its last message")
+    return Draft(messages=prompt, chosen=answer, whole=True)

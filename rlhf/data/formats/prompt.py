@@ -1,8 +1,8 @@
 """A prompt without an answer, for PPO."""
 
-from rlhf.data.formats import Cells, Draft
+from rlhf.data.formats import SHARED, Cells, Draft
 
-COLUMNS = {"prompt": "a text, or messages"}
+COLUMNS = {"prompt": "a text, or messages", **SHARED}
 
 
 def read(row: Cells) -> Draft:

@@ -1,5 +1,6 @@
 """Plain text, for the pretraining mix of PPO."""
 
+from rlhf.data.conversation import Message
 from rlhf.data.formats import Cells, Draft
 
 COLUMNS = {"text": "the text"}
@@ -7,4 +8,4 @@ COLUMNS = {"text": "the text"}
 
 def read(row: Cells) -> Draft:
     """No chat template is put around it."""
-    return Draft(chosen=row.text("text"))
+    return Draft(chosen=Message("assistant", row.text("text")))

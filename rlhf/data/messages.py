@@ -1,0 +1,220 @@
+"""Messages as rows have them: lists of mappings in several spellings, or such a list written out as text."""
+
+import ast
+import json
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf.data.conversation import Message
+
+ROLES = ("system", "user", "assistant", "tool")
+# What others call the roles: ShareGPT, OpenAssistant, OpenAI (developer), Gemma (model), LLaMA-Factory (observation).
+_NAMES = {
+    **{"human": "user", "prompter": "user", "developer": "system"},
+    **{"gpt": "assistant", "bot": "assistant", "chatgpt": "assistant", "model": "assistant"},
+    **{"observation": "tool", "function": "tool", "function_response": "tool"},
+}
+_CALL = "function_call"  # ShareGPT's role of a call: its value is the call as JSON.
+_TEXT_PARTS = (None, "text", "input_text", "output_text")
+_LIKE_MAPPINGS = re.compile(r"""\s*\[?\s*\{\s*(['"])\w+\1\s*:""")
+_LIKE_MESSAGE = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?(['"])(?:role|from)\1\s*:""")
+# Python text costs a hundred times its length to parse.
+_LONGEST_PYTHON = 4 * 1024**2
+
+
+class BadRow(ValueError):
+    """A row that is not what its format says; the message gives the reason."""
+
+
+def shown(value: Any) -> str:
+    """A value in an error message: texts and numbers in short, of others the type."""
+    return f"{value!r:.40}" if isinstance(value, int | float | str) else type(value).__name__
+
+
+def checked_text(value: Any, what: str, *, may_be_empty: bool = False) -> str:
+    """A text with something in it, as it is; raises BadRow."""
+    if not isinstance(value, str):
+        raise BadRow(f"{what} must be text, not {type(value).__name__}")
+    if not may_be_empty and not value.strip():
+        raise BadRow(f"{what} is empty")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise BadRow(f"{what} is not valid UTF-8: it holds half of a surrogate pair")
+    return value
+
+
+def is_empty(value: Any) -> bool:
+    """Whether a value says nothing: null, or a text, list or mapping without anything in it."""
+    return value is None or (isinstance(value, str | list | Mapping) and not value)
+
+
+def message_list(value: Any, what: str) -> list[Any] | None:
+    """The messages that a cell holds or is the text of, in JSON or Python; None where it is something else.
+
+    A single message is a list of one. Raises BadRow for a text that begins as messages do and cannot be read.
+    """
+    if isinstance(value, str):
+        if not _LIKE_MAPPINGS.match(value):
+            return None
+        try:
+            value = parsed(value)
+        except ValueError as error:
+            if _LIKE_MESSAGE.match(value):
+                raise BadRow(f"{what} looks like messages written out as text, which cannot be read: {error}") from None
+            return None
+        # What is written out as text may be an answer that happens to be JSON.
+        if isinstance(value, Mapping) and _role(value) not in ROLES:
+            return None
+        if isinstance(value, list) and not any(_is_message(entry) for entry in value):
+            return None
+    if isinstance(value, list):
+        return value
+    return [value] if _is_message(value) else None
+
+
+def parsed(text: str) -> Any:
+    """What a text is in JSON or else in Python's notation; raises ValueError with the reason."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except ValueError as error:
+        reason = str(error)
+    if len(text) > _LONGEST_PYTHON:
+        raise ValueError(f"it is not JSON ({reason}), and too long to be read as Python")
+    try:
+        return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        raise ValueError(f"it is neither JSON ({reason}) nor a Python list") from None
+
+
+def _is_message(value: Any) -> bool:
+    if not isinstance(value, Mapping) or not isinstance(_first(value, "role", "from")[1], str):
+        return False
+    return any(key in value for key in ("content", "value", "tool_calls"))
+
+
+def _first(entry: Mapping[str, Any], *names: str) -> tuple[str, Any]:
+    """The first of these keys that is not null, and what it is."""
+    return next(((name, entry[name]) for name in names if entry.get(name) is not None), (names[0], None))
+
+
+def _role(entry: Mapping[str, Any]) -> str:
+    role = str(_first(entry, "role", "from")[1]).lower()
+    return _NAMES.get(role, role)
+
+
+def message(entry: Any, what: str) -> Message:
+    """A message of a row: {"role", "content"} or {"from", "value"}, and what else the chat template may read.
+
+    Values that are null count as missing: tables fill up messages that lack a key which others have. Raises BadRow.
+    """
+    if not isinstance(entry, Mapping):
+        raise BadRow(f"{what} must be a mapping with role and content, not {type(entry).__name__}")
+    (role_key, role), (content_key, content) = _first(entry, "role", "from"), _first(entry, "content", "value")
+    if not isinstance(role, str):
+        raise BadRow(f"{what} has no role")
+    rest = {
+        str(key): value
+        for key, value in entry.items()
+        if key not in (role_key, content_key, "weight") and not is_empty(value)
+    }
+    name = _role(entry)
+    if name == _CALL:
+        name, content, rest["tool_calls"] = "assistant", None, content
+    if name not in ROLES:
+        raise BadRow(f"{what} has the role {name!r}: must be {', '.join(ROLES[:-1])} or {ROLES[-1]}")
+    if "tool_calls" in rest:
+        rest["tool_calls"] = _calls(rest["tool_calls"], what)
+    if "tools" in rest:
+        rest["tools"] = tool_list(rest["tools"])
+        if rest["tools"] is None:
+            raise BadRow(f"{what}: tools must be a list of objects")
+    may_be_empty = name == "tool" or (name == "assistant" and "tool_calls" in rest)
+    if may_be_empty and content is None:
+        content = ""
+    text = _content(content, f"{what}: its content", may_be_empty=may_be_empty)
+    return Message(name, text, _fields(rest, what), _weight(entry.get("weight"), what))
+
+
+def _content(content: Any, what: str, *, may_be_empty: bool) -> str:
+    """A text, or the texts of a list of parts behind each other."""
+    if not isinstance(content, list):
+        return checked_text(content, what, may_be_empty=may_be_empty)
+    texts = []
+    for part in content:
+        kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, part)
+        if kind not in _TEXT_PARTS:
+            raise BadRow(f"{what} has a part of the type {shown(kind)}: only text can be learnt")
+        texts.append(checked_text(text, f"{what}, in one of its parts,", may_be_empty=True))
+    return checked_text("".join(texts), what, may_be_empty=may_be_empty)
+
+
+def _weight(value: Any, what: str) -> bool:
+    """OpenAI's weight: 0 for a turn without loss."""
+    if value is None:
+        return True
+    if value not in (0, 1):
+        raise BadRow(f"{what} has the weight {shown(value)}: must be 0 (no loss on this turn) or 1")
+    return bool(value)
+
+
+def _calls(value: Any, what: str) -> list[Any]:
+    """Calls of functions in OpenAI's form, their arguments as objects: templates write them as JSON themselves."""
+    try:
+        calls = parsed(value) if isinstance(value, str) else value
+    except ValueError as error:
+        raise BadRow(f"{what}: its call of a function cannot be read: {error}") from None
+    calls = [calls] if isinstance(calls, Mapping) else calls
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise BadRow(f"{what}: tool_calls must be a list of objects, not {shown(value)}")
+    found = []
+    for call in calls:
+        function = call.get("function", None if "name" not in call else call)
+        if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+            raise BadRow(f"{what}: a call in tool_calls has no function with a name")
+        given = function.get("arguments")
+        if isinstance(given, str):
+            try:
+                given = json.loads(given) if given.strip() else {}
+            except (ValueError, RecursionError):
+                raise BadRow(f"{what}: the arguments of {function['name']!r:.40} are not valid JSON") from None
+        outer = {"type": "function", **call} if "function" in call else {"type": "function"}
+        found.append({**outer, "function": {**function, "arguments": given}})
+    return found
+
+
+def tool_list(value: Any) -> list[Any] | None:
+    """The functions that a cell lists, as objects or as their JSON; None where it is something else."""
+    if isinstance(value, str):
+        try:
+            value = parsed(value)
+        except ValueError:
+            return None
+    if not isinstance(value, list) or not value or not all(isinstance(entry, Mapping) for entry in value):
+        return None
+    return value
+
+
+def _fields(rest: Mapping[str, Any], what: str) -> str:
+    """JSON of further keys of a message, without nulls; empty if there are none."""
+    if not rest:
+        return ""
+    try:
+        text = json.dumps(_without_nulls(rest), ensure_ascii=False, default=str)
+    except (RecursionError, ValueError, TypeError):
+        raise BadRow(f"{what}: {', '.join(rest):.60} cannot be written as JSON") from None
+    return checked_text(text, what)
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _without_nulls(entry) for key, entry in value.items() if entry is not None}
+    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+
+
+def with_tools(messages: tuple[Message, ...], tools: list[Any], what: str) -> tuple[Message, ...]:
+    """Messages whose first one says which functions may be called."""
+    first = messages[0]
+    fields = {**json.loads(first.fields or "{}"), "tools": tools}
+    return (Message(first.role, first.content, _fields(fields, what), first.learn), *messages[1:])
