@@ -14,7 +14,7 @@ class Equivalent:
     `here` are arguments of launch.py, in which `{value}` is the flag's value, `{0}`, `{1}`, … are its parts between
     commas, and `{stage}` is where the options of the script's stage stand: "stage", or "stage.sft" in a pipeline.
     Empty: there is no option, and `note` says why. `example` is a value to show it with. `values` are the arguments for
-    single values where they are others.
+    single values where they are others. A note, too, may name `{stage}`.
     """
 
     here: str = ""
@@ -29,6 +29,10 @@ class Equivalent:
             return self.values.get(given, self.here).format(*given.split(","), stage=stage, value=given)
         except IndexError:  # Too few parts.
             return self.here.format(*self.example.split(","), stage=stage, value=self.example)
+
+    def remark(self, stage: str) -> str:
+        """The note, with options at `stage`."""
+        return self.note.replace("{stage}", stage)
 
 
 def _option(here: str, example: str = "", note: str = "", **values: str) -> Equivalent:

@@ -8,9 +8,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from rlhf.config.advice import similar_keys
 from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
-from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
@@ -131,7 +131,11 @@ def explained(config: Config, resolved: Config, origins: Mapping[str, str]) -> s
     if config.key is None:
         raise ConfigError("key is not set: give the option to explain, as in  mode=explain key=stage.ppo.kl_coef")
     if config.key not in docs:
-        raise ConfigError(f"key={config.key}: there is no such option{did_you_mean(config.key, docs)}")
+        near = similar_keys(config.key, docs)
+        raise ConfigError(
+            f"key={config.key}: there is no such option"
+            + (f": did you mean {' or '.join(near)}?" if near else "; launch.py --help lists all")
+        )
     values, used, plain = (dict(flat_values(each)) for each in (config, resolved, defaults_of(config)))
     if config.key not in values:
         inner = [key for key in values if key.startswith(f"{config.key}.")]

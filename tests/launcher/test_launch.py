@@ -186,7 +186,7 @@ def test_secrets_appear_nowhere_not_even_refused_ones(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["model=null"], "Config group override must be a string or a list"),
+        (["model=null"], "model=null: choose one, as in  model=tiny"),
         (["sweep=seeds"], "add -m"),
         (["mode=plan", "run_dir=."], "holds no run"),
         (["-m", "seed=1,2", "model=op13b"], "did you mean model=opt13b or "),
