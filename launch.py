@@ -10,12 +10,18 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf.interpreter import LAUNCHING, require, write_anything
+
+require("launch.py", LAUNCHING)
+
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
+from rlhf.config.completion import complete
 from rlhf.config.compose import CommandLine, compose_given, composing, explained, find_mistakes, print_usage
 from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
@@ -26,7 +32,7 @@ from rlhf.stages import from_composed, register_schemas
 from rlhf.stages.start import Started, check_composed, start
 
 CONF = Path(__file__).resolve().parent / "conf"
-USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> int:
@@ -49,6 +55,7 @@ def main() -> int:
             sys.exit(started.code)  # An interruption ends a sweep, too.
         return started.objective  # A job without one counts as failed for a sweeper that optimizes.
 
+    write_anything()
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
     line = CommandLine.parse(sys.argv[1:], CONF)
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
@@ -60,6 +67,8 @@ def main() -> int:
     try:
         if line.problems or line.foreign:
             return complain(every_problem(line))
+        if line.completion:
+            return complete(sys.argv[1:], CONF)
         if line.wants_help:
             print_usage(CONF, line)
         else:
@@ -81,15 +90,20 @@ def main() -> int:
         else:
             raise
     finally:
-        results = read_results(sweep)
-        if not list((sweep / "hydra").glob(".submitit")):
-            shutil.rmtree(sweep / "hydra", ignore_errors=True)
-        if results:
-            summarize(sweep)
-        else:
-            remove_empty(sweep)
-    codes += [result.code for result in results]
+        codes += conclude(sweep)
     return next((code for code in codes if code), 0)
+
+
+def conclude(sweep: Path) -> list[int]:
+    """Sum up a sweep's jobs, if there were any, and return their exit codes."""
+    results = read_results(sweep)
+    if not list((sweep / "hydra").glob(".submitit")):
+        shutil.rmtree(sweep / "hydra", ignore_errors=True)
+    if results:
+        summarize(sweep)
+    else:
+        remove_empty(sweep)
+    return [result.code for result in results]
 
 
 def remove_empty(sweep: Path) -> None:

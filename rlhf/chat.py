@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from rlhf.config.errors import ConfigError
+from rlhf.interpreter import TALKING, require, write_anything
 
 if TYPE_CHECKING:
     from rlhf.data.conversation import Message
@@ -267,6 +268,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, Options]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the conversation and return the exit code: 0, or 2 for what the user has to change."""
+    require("rlhf.chat", TALKING)
+    write_anything()
     run, options = parse_arguments(arguments)
     try:
         options.check()

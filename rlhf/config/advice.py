@@ -119,6 +119,9 @@ def broken_files(place: Path) -> Iterator[str]:
             yield f"{path}:{line}: is not UTF-8"
         except OSError as error:
             yield f"{path}: cannot be read: {error.strerror}"
+        except ValueError as error:
+            digits = "digits" in str(error)
+            yield f"{path}: {'has a number of more than 4,300 digits' if digits else str(error).splitlines()[0]}"
         except RecursionError:
             yield f"{path}: is nested too deeply"
         except Exception as error:  # OmegaConf raises errors of several kinds about keys and values.

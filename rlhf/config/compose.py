@@ -168,8 +168,11 @@ def find_mistakes(line: CommandLine) -> Mistakes:
 
 def explained(error: Exception, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:
     """What to say of an error that composing an override raised."""
-    if isinstance(error, yaml.YAMLError | UnicodeDecodeError | OSError | RecursionError) and line.config_dir:
-        return [*broken_files(Path(line.config_dir))] or [explain(error)]
+    from_file = (
+        isinstance(error, yaml.YAMLError | ValueError | OSError | RecursionError) and line.config_dir is not None
+    )
+    if from_file and (broken := [*broken_files(Path(line.config_dir or ""))]):
+        return broken
     reason = explain(error)
     return _unknown(reason, line, override, accepted) if reason.startswith("unknown key ") else [reason]
 
@@ -196,7 +199,7 @@ def _no_flag(flag: str, value: str, keys: Sequence[str]) -> str:
 
 def _known_keys(line: CommandLine, accepted: Sequence[str]) -> list[str]:
     try:
-        return list(_keys(compose_given(line, accepted)))
+        return list(known_keys(compose_given(line, accepted)))
     except Exception:  # What is wrong is told already.
         return []
 
@@ -223,11 +226,12 @@ def _values(override: str, problems: list[str], *, swept: bool) -> list[str]:
     return []  # A glob is left to Hydra.
 
 
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a composed configuration."""
     if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
         for key in node:
             yield f"{prefix}{key!s}"
-            yield from _keys(node._get_node(key), f"{prefix}{key!s}.")
+            yield from known_keys(node._get_node(key), f"{prefix}{key!s}.")
 
 
 def usage(conf: Path, line: CommandLine) -> str:

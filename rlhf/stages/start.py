@@ -1,6 +1,8 @@
 """What launch.py does with a composed configuration: explain an option, plan a run, or start it. Imports no torch."""
 
+import importlib.metadata
 import os
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -15,9 +17,10 @@ from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.schema import Config, LauncherKind, Mode, Reuse, StageConfig
-from rlhf.config.validate import find_problems, raise_problems
+from rlhf.config.validate import find_problems, raise_problems, value_problems
 from rlhf.data.problems import source_problems
-from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
+from rlhf.launcher.command import PROJECT
+from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve, unused_ranks
 from rlhf.launcher.hosts import launcher_problems
 from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
@@ -56,16 +59,26 @@ class Started:
 
 def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Started:
     """Do what `config.mode` says; raises ConfigError or DataError for what the user can mend."""
+    raise_problems(located(problem, dict(origins)) for problem in value_problems(config))
     if config.mode is Mode.explain:
-        print(explained(config, resolve(config, detect(), adjustable=tuned_keys(origins)), origins))
+        print(
+            explained(
+                config, resolve(config, detect(), adjustable=tuned_keys(origins), asked=asked_keys(origins)), origins
+            )
+        )
         return Started(code=0, figures={})
     machine = detect()
-    composed, config = config, with_run_dir(resolve(config, machine, adjustable=tuned_keys(origins)))
+    composed, config = (
+        config,
+        with_run_dir(resolve(config, machine, adjustable=tuned_keys(origins), asked=asked_keys(origins))),
+    )
     # In a sweep of plans, what does not fit is a row of the table like what does.
     check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     runs = stage_runs(config, run_dir)
+    if (note := unused_ranks(composed, config, machine)) and not in_sweep:
+        print(note, flush=True)
     if config.mode is Mode.plan:
         return plan(composed, config, runs, machine, origins, quiet=in_sweep)
     if config.mode is Mode.data:
@@ -78,10 +91,16 @@ def tuned_keys(origins: Mapping[str, str]) -> set[str]:
     return {key for key, origin in origins.items() if origin.startswith("conf/tuned/")}
 
 
+def asked_keys(origins: Mapping[str, str]) -> set[str]:
+    """The keys that the command line or a recipe sets."""
+    return {key for key, origin in origins.items() if not origin.startswith("conf/tuned/")}
+
+
 def check_composed(config: Config, origins: Mapping[str, str]) -> None:
     """Raise one ConfigError with every problem of a composed configuration; start nothing."""
+    raise_problems(located(problem, dict(origins)) for problem in value_problems(config))
     machine = detect()
-    check(resolve(config, machine, adjustable=tuned_keys(origins)), machine, origins)
+    check(resolve(config, machine, adjustable=tuned_keys(origins), asked=asked_keys(origins)), machine, origins)
 
 
 def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_fit: bool = True) -> None:
@@ -166,19 +185,23 @@ def plan(
     *,
     quiet: bool,
 ) -> Started:
-    """Print what a run would do and write it to the run directory's folder plan; start nothing."""
+    """Print what a run would do and, unless a run is there, write it to the run directory's folder plan."""
     run_dir = Path(config.run_dir or "")
     check_free(run_dir)
     changed = settings(composed, defaults_of(composed), origins)
     gpus = [gpu.index for gpu in machine.gpus]
     text = plan_text(config, runs, run_dir=run_dir, gpus=gpus, changed=changed)
     folder = run_dir / PLAN
-    try:
-        write_files(folder, plan_files(config, runs, text))
-    except OSError as error:
-        raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
+    if (run_dir / CONFIG).is_file():
+        where = f"Not written: {run_dir} holds a run"
+    else:
+        where = f"Written to {folder}"
+        try:
+            write_files(folder, plan_files(config, runs, text))
+        except OSError as error:
+            raise ConfigError(f"run_dir={run_dir} cannot be written: {error.strerror}") from error
     if not quiet:
-        print(f"{text}\n\n# Written to {folder}")
+        print(f"{text}\n\n# {where}")
     return Started(code=0, run_dir=str(run_dir), figures=plan_figures(config, runs))
 
 
@@ -289,4 +312,21 @@ def conclude(runs: list[StageRun], run_dir: Path, *, finished: bool) -> None:
         return
     print(f"model:  {model}")
     if runs[-1].name != "rm":
-        print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
+        print(f"talk:   {talk_command(run_dir)}")
+
+
+def talk_command(run_dir: Path) -> str:
+    """The command that talks to a run's model, for the shell that launch.py was started in."""
+    words = [_short_path(sys.executable or "python3"), "-m", "rlhf.chat", _short_path(str(run_dir))]
+    # Where the package is not installed, it is found from the project's directory only.
+    project = str(PROJECT)
+    elsewhere = [place for place in sys.path if os.path.realpath(place or ".") != project]
+    installed = any(True for _ in importlib.metadata.distributions(name="rlhf", path=elsewhere))
+    prefix = "" if installed or os.getcwd() == project else f"PYTHONPATH={shlex.quote(project)} "
+    return prefix + shlex.join(words)
+
+
+def _short_path(path: str) -> str:
+    """A path below the working directory as seen from there, every other as it is."""
+    inside = os.path.relpath(path)
+    return path if inside.startswith(("..", "-")) else inside if os.sep in inside else os.path.join(".", inside)
