@@ -152,7 +152,8 @@ def reported(composed: Any, *, in_sweep: bool) -> Started:
 
 def job_result(started: Started, hydra_config: Any, composed: Any) -> JobResult:
     """What a sweep's summary says of a job."""
-    pairs = [override.split("=", 1) for override in hydra_config.overrides.task]
+    texts = [text.encode("utf-8", "backslashreplace").decode() for text in hydra_config.overrides.task]
+    pairs = [text.split("=", 1) for text in texts]
     given = {
         key.lstrip("+~"): "***" if names_secret(key) else value for key, value in (p for p in pairs if len(p) == 2)
     }

@@ -81,9 +81,17 @@ def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Star
         print(note, flush=True)
     if config.mode is Mode.plan:
         return plan(composed, config, runs, machine, origins, quiet=in_sweep)
+    give_home(config)
     if config.mode is Mode.data:
         return show_data(config, run_dir)
     return run(config, runs, machine, in_sweep=in_sweep)
+
+
+def give_home(config: Config) -> None:
+    """Let libraries, here and in ranks, keep in cache_dir what they keep in a home directory, where there is none."""
+    place = config.cache_dir or os.environ.get("RLHF_CACHE")
+    if place and os.path.expanduser("~") == "~":
+        os.environ.update({"HOME": os.path.abspath(place), "RLHF_CACHE": os.path.abspath(place)})
 
 
 def tuned_keys(origins: Mapping[str, str]) -> set[str]:

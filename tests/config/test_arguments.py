@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pwd
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,8 @@ from rlhf.config.validate import value_problems
 from rlhf.launcher.hardware import resolve, unused_ranks
 from rlhf.launcher.hosts import names_secret, without_secrets
 from rlhf.stages import register_schemas
-from rlhf.stages.start import check_composed, start, talk_command
+from rlhf.stages.preflight import cache_directory
+from rlhf.stages.start import check_composed, give_home, start, talk_command
 
 ROOT = CONF.parent
 PLAN = "mode=plan"
@@ -278,18 +280,29 @@ def test_the_last_line_of_a_run_works_as_printed(tmp_path: Path, monkeypatch: py
     assert (done.returncode, "is a reward model" in done.stderr) == (2, True), done.stderr
 
 
-def test_no_home_and_a_terminal_of_ascii(tmp_path: Path) -> None:
-    """A user whom the system does not know, with a directory whose name is no text, on a terminal without Unicode."""
-    if os.geteuid() != 0:
-        pytest.skip("only root may become another user")
-    script = (
-        "import os, sys; os.setgid(12345); os.setuid(12345); os.environ.pop('HOME', None);"
-        "sys.argv = ['launch.py', 'mode=data']; import launch; sys.exit(launch.main())"
+def test_a_user_without_a_home_is_told_what_to_give(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in containers that run under any number: neither HOME nor an entry in the system's list of users."""
+
+    def unknown(_: int) -> None:
+        raise KeyError
+
+    for name in ("HOME", "RLHF_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    with pytest.raises(ConfigError, match="this user has no home directory: give cache_dir=DIR, or set HOME"):
+        cache_directory(composed())
+    give_home(composed(f"cache_dir={tmp_path}"))
+    assert (os.environ["HOME"], os.environ["RLHF_CACHE"]) == (str(tmp_path), str(tmp_path))
+
+
+def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "launch.py"), PLAN, "stage=sft", f"run_dir={tmp_path}/caf\u00e9"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        cwd=tmp_path,
+        capture_output=True,
+        timeout=120,
+        check=False,
     )
-    tmp_path.chmod(0o777)
-    environment = {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "ascii", "PATH": os.environ["PATH"]}
-    arguments = [sys.executable, "-c", script]
-    done = subprocess.run(arguments, cwd="/", env=environment, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 2, done.stderr
-    assert "this user has no home directory: give cache_dir=DIR, or set HOME" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"/caf\\xe9" in done.stdout and b"micro-batch 16 \\xd7 accumulation" in done.stdout
