@@ -168,13 +168,18 @@ def find_mistakes(line: CommandLine) -> Mistakes:
 
 def explained(error: Exception, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:
     """What to say of an error that composing an override raised."""
-    from_file = (
-        isinstance(error, yaml.YAMLError | ValueError | OSError | RecursionError) and line.config_dir is not None
-    )
-    if from_file and (broken := [*broken_files(Path(line.config_dir or ""))]):
-        return broken
+    kinds = yaml.YAMLError | ValueError | OSError | RecursionError
+    if line.config_dir is not None and (isinstance(error, kinds) or "Cannot merge" in str(error)):
+        broken = [*broken_files(Path(line.config_dir))]
+        if broken:
+            return broken
     reason = explain(error)
-    return _unknown(reason, line, override, accepted) if reason.startswith("unknown key ") else [reason]
+    key, named = override.lstrip("+~").partition("=")[0], reason.removeprefix("unknown key ").partition(":")[0]
+    return (
+        _unknown(reason, line, override, accepted)
+        if reason.startswith("unknown key ") and f"{key}.".startswith(f"{named}.")
+        else [reason]
+    )
 
 
 def _unknown(reason: str, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:

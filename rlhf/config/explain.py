@@ -36,7 +36,7 @@ def explain(error: BaseException) -> str:
 def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException | MissingConfigException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(str(cause.full_key or cause.key), _keys_of(cause))
     if isinstance(cause, MissingConfigException):
