@@ -175,7 +175,12 @@ def test_a_broken_file_of_ones_own_is_named(tmp_path: Path, content: bytes, expe
 
 def test_sources_are_added_without_a_file(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n')
-    given = ("+source@data.sources.mine=file", f"data.sources.mine.path={tmp_path}/rows.jsonl", "data=hh")
+    given = (
+        "+source@data.sources.mine=file",
+        f"data.sources.mine.path={tmp_path}/rows.jsonl",
+        "data=hh",
+        "model=opt125m",
+    )
     assert said(*given, PLAN) == []
     sources = composed(*given, "+source@data.sources.other=hub", "data.sources.other.path=a/b").data.sources
     assert {name: source.kind for name, source in sources.items()} == {"hh_rlhf": "hub", "mine": "file", "other": "hub"}
@@ -221,7 +226,7 @@ def test_a_plan_is_not_written_into_a_runs_directory(tmp_path: Path, capsys: pyt
 def test_values_that_nothing_can_be_computed_from_come_first() -> None:
     assert value_problems(composed()) == []
     assert value_problems(composed("memory.zero_stage=9")) == []  # Told with everything else.
-    (found,) = value_problems(composed(r"data.sources.one_liners.path=" + "é" * 200))
+    (found,) = value_problems(composed("data.sources.one_liners.path=" + "a" * 256))
     assert "more than 255 bytes" in found
 
 
