@@ -123,7 +123,7 @@ def size_problems(data: PreparedData, stage: StageConfig, prefix: str = "stage")
             yield str(error)
             continue
         if rows < need.rows:
-            batch = "one batch" if need.part != "ppo" else f"the {need.rows} prompts of one rollout"
+            batch = f"one batch of {need.rows}" if need.part != "ppo" else f"the {need.rows} prompts of one rollout"
             yield (
                 f"{need.key}: the training part of stage {name} has {rows} rows, fewer than {batch}: "
                 f"lower it, raise data.split.{name} or add data"

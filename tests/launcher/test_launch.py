@@ -128,11 +128,11 @@ def test_the_doctor_tells_what_the_data_are(tmp_path: Path) -> None:
     assert strict.returncode == 2
     assert f"{tmp_path}/rows.jsonl:401: not valid JSON" in strict.stderr
     assert f'{tmp_path}/rows.jsonl:402: "chosen" is null' in strict.stderr
-    small = launch(tmp_path, *given, "data.on_bad_row=skip", "stage.rm.batch_size=512")
+    small = launch(tmp_path, *given, "data.on_bad_row=skip", "stage.rm.batch_size=512", "stage.sft.batch_size=512")
     assert small.returncode == 2
     assert "sft_train" in small.stdout  # The table is shown all the same.
     assert "stage.rm.batch_size=512: the training part of stage rm has" in small.stderr and "data.txt" in small.stderr
-    assert "stage.ppo.rollout_batch_size=128: the training part of stage ppo has" in small.stderr
+    assert "stage.sft.batch_size=512: the training part of stage sft has" in small.stderr
     enough = [*given, "data.on_bad_row=skip", "stage.ppo.rollout_batch_size=32", "stage.ppo.mini_batch_size=32"]
     done = launch(tmp_path, *enough, "stage.ppo.micro_batch_size_per_gpu=8")
     assert done.returncode == 0, done.stderr
