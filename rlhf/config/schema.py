@@ -228,9 +228,9 @@ class HardwareConfig:
     accelerator: Accelerator = option(
         Accelerator.auto, "Device of the ranks; auto takes CUDA if there is any, else the CPU."
     )
-    nodes: int = option(1, "Machines.", minimum=1)
+    nodes: int = option(1, "Machines.", minimum=1, maximum=10_000)
     gpus_per_node: int | None = option(
-        None, "Ranks per machine; null takes all GPUs, or two ranks on a CPU.", minimum=1
+        None, "Ranks per machine; null takes all GPUs, or two ranks on a CPU.", minimum=1, maximum=1024
     )
     threads_per_rank: int | None = option(
         None, "CPU threads per rank; null divides the cores among the ranks.", minimum=1

@@ -1,6 +1,7 @@
 """All problems of a configuration at once, each with its key, its value and what would work."""
 
 import importlib.util
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError, MissingExtraError
 from rlhf.config.explain import did_you_mean
-from rlhf.config.fields import demand
+from rlhf.config.fields import LARGEST, demand
+from rlhf.config.files import to_plain
 from rlhf.config.model_directory import directory_faults
 from rlhf.config.model_files import ModelFileError, read_object
+from rlhf.config.origins import flat_values
 from rlhf.config.schema import (
     REWARD_MODEL,
     Accelerator,
@@ -26,11 +29,63 @@ from rlhf.config.schema import (
     WeightSource,
 )
 
+_PATHS = ("path", "run_dir", "cache_dir", "hostfile", "function", "others", "gguf_file")
+
 
 def raise_problems(problems: Iterable[str]) -> None:
     """Raise one ConfigError that lists every problem, if there are any."""
     if found := list(problems):
         raise ConfigError(*found)
+
+
+def value_problems(config: Config) -> list[str]:
+    """The values that nothing can be computed from: texts that are no file names, and numbers beyond all bounds.
+
+    Looked at before anything is derived from the configuration; with them, all other numbers that may not be.
+    """
+    texts = [*_texts(config)]
+    numbers = [*_bounds(config)]
+    beyond = any(abs(number) > LARGEST for number in _integers(to_plain(config))) or any(
+        getattr(config.hardware, name) is not None and getattr(config.hardware, name) > most
+        for name, most in (("nodes", 10_000), ("gpus_per_node", 1024))
+    )
+    return [*texts, *numbers] if texts or beyond else []
+
+
+def _integers(value: Any) -> Iterator[int]:
+    if isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _integers(inner)
+    elif isinstance(value, int):
+        yield value
+
+
+def _texts(config: Config) -> Iterator[str]:
+    """Texts with null bytes or characters that are no Unicode, and names that no file system takes."""
+    for key, value in flat_values(config):
+        for text in _strings(value):
+            name = key.rpartition(".")[2]
+            shown = text if len(text) <= 80 else f"{text[:79]}…"
+            if "\0" in text:
+                yield f"{key}={shown!r}: holds a null byte"
+            elif any("\ud800" <= character <= "\udfff" for character in text):
+                yield f"{key}={shown!r}: is not UTF-8: give the file or directory another name"
+            elif (name in _PATHS or name.endswith("_model")) and any(
+                len(os.fsencode(p)) > 255 for p in text.split("/")
+            ):
+                yield f"{key}={shown}: a name in this path has more than 255 bytes"
+            elif key in ("model.name", "reward_model.name", "data.name") and (
+                len(os.fsencode(text)) > 80 or "/" in text
+            ):
+                yield f"{key}={shown}: names a run directory: at most 80 bytes, without /"
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in [*value, *value.values()] if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def find_problems(config: Config) -> Iterator[str]:

@@ -132,12 +132,15 @@ def detect() -> Machine:
     )
 
 
-def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = ()) -> Config:
+def resolve(
+    config: Config, machine: Machine, *, adjustable: Collection[str] = (), asked: Collection[str] = ()
+) -> Config:
     """Return the configuration with everything automatic decided, so that it says what will run.
 
     Fills in the accelerator, ranks and threads, the precision, the ZeRO stage, and the reward model where it is the
     same as the model; makes paths absolute. Micro-batches whose keys are `adjustable`, as tuned ones are, become
-    smaller where they do not divide their share of the batch.
+    smaller where they do not divide their share of the batch. Batches whose keys are `asked` for do not change the
+    number of ranks: where they do not divide, that is told.
     """
     model = _absolute_model(config.model)
     reward_model = model if config.reward_model == ModelConfig() else _absolute_model(config.reward_model)
@@ -145,7 +148,7 @@ def resolve(config: Config, machine: Machine, *, adjustable: Collection[str] = (
     hardware = _hardware(config.hardware, machine)
     stage = _absolute_models(config.stage)
     if config.hardware.gpus_per_node is None and hardware.gpus_per_node:
-        hardware, stage = _divided(hardware, stage)
+        hardware, stage = _divided(hardware, stage, asked)
     ranks = max(1, (hardware.gpus_per_node or 1) * hardware.nodes)
     stage = _with_micro_batches(stage, ranks, adjustable=adjustable)
     config = replace(
@@ -199,13 +202,23 @@ def _hardware(hardware: HardwareConfig, machine: Machine) -> HardwareConfig:
     )
 
 
-def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConfig, StageConfig]:
+def _divided(
+    hardware: HardwareConfig, stage: StageConfig, asked: Collection[str]
+) -> tuple[HardwareConfig, StageConfig]:
     """As many of this machine's ranks as divide every global batch, and micro-batches that then divide it too.
 
-    Only for a number of ranks that nobody asked for: three GPUs train a batch of 64 on two. Batches that are no
-    multiple of their micro-batch are left as they are, for the user to mend.
+    Only for numbers that nobody asked for: three GPUs train a batch of 64 on two. Batches that were asked for, and
+    those that are no multiple of their micro-batch, are left as they are, for the user to mend.
     """
-    roles = [role for inner in substages(stage) for role in inner.roles() if role.optimizer is not None]
+    names = {id(each): f"stage.{each.name}." if each is not stage else "stage." for each in substages(stage)}
+    given = [
+        inner
+        for inner in substages(stage)
+        if any(f"{names[id(inner)]}{size}" in asked for size in ("batch_size", "mini_batch_size"))
+    ]
+    roles = [
+        role for inner in substages(stage) if inner not in given for role in inner.roles() if role.optimizer is not None
+    ]
     if any(role.batch_size % (role.micro_batch_size_per_gpu or 1) for role in roles):
         return hardware, stage
     batches = [role.batch_size for role in roles]
@@ -213,6 +226,21 @@ def _divided(hardware: HardwareConfig, stage: StageConfig) -> tuple[HardwareConf
     ranks = next((n for n in range(available, 0, -1) if all(batch % n == 0 for batch in batches)), 1)
     per_node = replace(hardware, gpus_per_node=ranks)
     return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), adjustable=None)
+
+
+def unused_ranks(composed: Config, resolved: Config, machine: Machine) -> str:
+    """What to say where a run uses fewer of this machine's ranks than there are, unasked ("" if it does not)."""
+    used = resolved.hardware.gpus_per_node or 0
+    on_gpu = resolved.hardware.accelerator is Accelerator.cuda
+    available = len(machine.gpus) if on_gpu else CPU_RANKS
+    if composed.hardware.gpus_per_node is not None or not 0 < used < available:
+        return ""
+    sizes = sorted({role.batch_size for each in substages(resolved.stage) for role in each.roles() if role.optimizer})
+    what = "GPUs" if on_gpu else "CPU ranks"
+    return (
+        f"hardware: {used} of {available} {what} are used: {available} do not divide the batches of "
+        f"{', '.join(map(str, sizes))} sequences; other batch sizes would use all"
+    )
 
 
 def _with_micro_batches(

@@ -34,24 +34,18 @@ _TOLD = 5  # Lines of a hostfile.
 # Bytes: ten thousand machines have lines of a hundred.
 LARGEST_HOSTFILE = 1024**2
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
-_SECRET_WORDS = {
-    "KEY",
-    "APIKEY",
-    "TOKEN",
-    "SECRET",
-    "PASSWORD",
-    "PASSWD",
-    "PASS",
-    "PAT",
-    "AUTH",
-    "CREDENTIAL",
-    "CREDENTIALS",
-}
+# What names end with whose values are secrets: HF_TOKEN, WANDB_API_KEY, DB_PASSWORD.
+_SECRET_ENDS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PAT", "AUTH"}
+_SECRET_ENDS |= {"CREDENTIAL", "CREDENTIALS"}
 
 
 def names_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret: HF_TOKEN, but not TOKENIZERS_PARALLELISM."""
-    return not _SECRET_WORDS.isdisjoint(re.split(r"[^A-Z]+", name.rpartition(".")[2].upper()))
+    """Whether a variable's name says that its value is a secret: HF_TOKEN, but not TOKENIZERS_PARALLELISM.
+
+    The option `key` is none: it names the option that mode=explain explains.
+    """
+    words = [word for word in re.split(r"[^A-Z]+", name.rpartition(".")[2].upper()) if word]
+    return name != "key" and bool(words) and words[-1] in _SECRET_ENDS
 
 
 def without_secrets(text: str) -> str:

@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import os
 import shlex
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +32,7 @@ class JobResult:
 
 def sweep_directory(arguments: Sequence[str], *, name: str | None) -> Path:
     """Where a sweep is written: the same for the same command line, so that it goes on there."""
-    digest = hashlib.blake2b(shlex.join(arguments).encode(), digest_size=4).hexdigest()
+    digest = hashlib.blake2b(os.fsencode(shlex.join(arguments)), digest_size=4).hexdigest()
     return Path("runs", "sweeps", f"{name or 'sweep'}-{digest}").absolute()
 
 

@@ -35,7 +35,7 @@ _MUCH_CUT = 0.2
 def examine(config: Config, folder: Path, *, colored: bool) -> str:
     """Prepare the data, write data.json, data.html, data.png and data.txt, and return the text for the terminal.
 
-    Raises DataError, after the files are written, where a stage's part is empty or smaller than a batch.
+    Where a stage's part is empty or smaller than a batch, prints the text and raises DataError.
     """
     prepared = prepare(config)
     data = prepared.data
@@ -55,6 +55,7 @@ def examine(config: Config, folder: Path, *, colored: bool) -> str:
     try:
         check_sizes(data, config.stage)
     except DataError as error:
+        print(text, flush=True)
         raise DataError(f"{error}\nWhat the data are: {folder / 'data.txt'}") from error
     return f"{text}\n\n# Written to {folder}"
 

@@ -1,12 +1,13 @@
 """What is done once before ranks start, and found again by each of them: tokenizer and data. Imports no torch."""
 
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rlhf.config.errors import ConfigError, DataError
+from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import Config, ModelConfig, SourceConfig, StageConfig, WeightSource
 from rlhf.data.prepare import PreparedData, content_fingerprint, described_unread, prepare_data, training_texts
@@ -66,7 +67,12 @@ def ends_told(tokenizer: Any) -> list[str]:
 def cache_directory(config: Config) -> Path:
     """`cache_dir`, else $RLHF_CACHE, else ~/.cache/rlhf; absolute."""
     chosen = config.cache_dir or os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
-    return Path(chosen).expanduser().resolve()
+    try:
+        return Path(chosen).expanduser().resolve()
+    except RuntimeError as error:  # Neither HOME nor an entry of this user in the system's list.
+        raise ConfigError(
+            f"cache_dir={chosen}: this user has no home directory: give cache_dir=DIR, or set HOME"
+        ) from error
 
 
 def _from_directory(directory: str, chat_template: str | None) -> ModelConfig:
@@ -95,33 +101,60 @@ def _models(config: Config) -> tuple[ModelConfig, ModelConfig]:
     return config.model, reward_model
 
 
-def _needs(stage: StageConfig) -> dict[str, int]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Need:
+    """The rows of a part that one global batch takes, and the option that says so."""
+
+    part: str
+    rows: int
+    key: str
+
+
+def _needs(stage: StageConfig, prefix: str = "stage") -> list[Need]:
     """The parts that a stage reads, and the rows of one global batch of each."""
     if isinstance(stage, PipelineConfig):
-        return _needs(stage.sft) | _needs(stage.rm) | _needs(stage.ppo)
+        inner = {"sft": stage.sft, "rm": stage.rm, "ppo": stage.ppo}
+        return [need for name, each in inner.items() for need in _needs(each, f"{prefix}.{name}")]
     if isinstance(stage, SFTConfig):
-        return {"sft": stage.batch_size}
+        return [Need(part="sft", rows=stage.batch_size, key=f"{prefix}.batch_size={stage.batch_size}")]
     if isinstance(stage, RMConfig | DPOConfig):
-        return {"rm": stage.batch_size}
+        return [Need(part="rm", rows=stage.batch_size, key=f"{prefix}.batch_size={stage.batch_size}")]
     if isinstance(stage, PPOConfig):
-        prompts = {"ppo": stage.rollout_batch_size // max(1, stage.group_size)}
-        return prompts | ({PTX: stage.ptx_batch_size} if stage.ptx_batch_size else {})
-    return {"ppo": 0} if isinstance(stage, BestOfNConfig) else {}
-
-
-def check_sizes(data: PreparedData, stage: StageConfig) -> None:
-    """Raise DataError where a part that a stage reads has no rows, or fewer than a batch."""
-    for name, batch_size in _needs(stage).items():
-        if name != PTX:
-            data.part(name, held_out=True)
-        elif not data.has_part(PTX, held_out=False):
-            name = "sft"  # Its answers are the pretraining mix of data without plain texts.
-        rows = len(data.part(name, held_out=False)) if batch_size else 0
-        if rows < batch_size:
-            raise DataError(
-                f"the training part of stage {name} has {rows} rows, fewer than one batch of {batch_size}: "
-                f"lower the batch size, raise data.split.{name} or add data"
+        prompts = stage.rollout_batch_size // max(1, stage.group_size)
+        needs = [Need(part="ppo", rows=prompts, key=f"{prefix}.rollout_batch_size={stage.rollout_batch_size}")]
+        if stage.ptx_batch_size:
+            needs.append(
+                Need(part=PTX, rows=stage.ptx_batch_size, key=f"{prefix}.ptx.batch_size={stage.ptx_batch_size}")
             )
+        return needs
+    return [Need(part="ppo", rows=0, key=prefix)] if isinstance(stage, BestOfNConfig) else []
+
+
+def size_problems(data: PreparedData, stage: StageConfig, prefix: str = "stage") -> Iterator[str]:
+    """Yield the parts that a stage reads and that have no rows, or fewer than a batch, each with its option."""
+    for need in _needs(stage, prefix):
+        name = need.part
+        if name == PTX and not data.has_part(PTX, held_out=False):
+            name = "sft"  # Its answers are the pretraining mix of data without plain texts.
+        try:
+            if need.part != PTX:
+                data.part(name, held_out=True)
+            rows = len(data.part(name, held_out=False)) if need.rows else 0
+        except DataError as error:
+            yield str(error)
+            continue
+        if rows < need.rows:
+            batch = f"one batch of {need.rows}" if need.part != "ppo" else f"the {need.rows} prompts of one rollout"
+            yield (
+                f"{need.key}: the training part of stage {name} has {rows} rows, fewer than {batch}: "
+                f"lower it, raise data.split.{name} or add data"
+            )
+
+
+def check_sizes(data: PreparedData, stage: StageConfig, prefix: str = "stage") -> None:
+    """Raise one DataError about all parts that are too small for a stage."""
+    if problems := list(size_problems(data, stage, prefix)):
+        raise DataError(listed(problems))
 
 
 def _check_judge(config: Config) -> None:
@@ -208,7 +241,8 @@ def prepare(config: Config) -> Preflight:
     reward_tokenizer_dir = tokenizer_dir if reward_model == model else prepare(reward_model)
     data = prepare_data(config.data, tokenizer_dir=tokenizer_dir, cache_dir=cache_dir)
     if isinstance(config.stage, PipelineConfig) and reward_tokenizer_dir != tokenizer_dir:
-        check_sizes(prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir), config.stage.rm)
+        rewarded = prepare_data(config.data, tokenizer_dir=reward_tokenizer_dir, cache_dir=cache_dir)
+        check_sizes(rewarded, config.stage.rm, "stage.rm")
     return Preflight(
         cache_dir=cache_dir, tokenizer_dir=tokenizer_dir, reward_tokenizer_dir=reward_tokenizer_dir, data=data
     )

@@ -5,29 +5,26 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
+from rlhf.config.advice import similar_keys
 from rlhf.config.choices import RolloutBackend
 from rlhf.config.errors import ConfigError
 from rlhf.config.escapes import read_escapes
-from rlhf.config.explain import did_you_mean
 from rlhf.config.fields import bounds
 from rlhf.config.files import write_config
 from rlhf.config.model_directory import own_code
 from rlhf.config.origins import field_docs, fields_by_key, flat_values, located, origin_of
 from rlhf.config.roles import roles_of
 from rlhf.config.schema import REWARD_MODEL, Config, LauncherKind, Mode, Normalize, Reuse, StageConfig
-from rlhf.config.storage import storage_problem
 from rlhf.config.templates import template_problems, with_templates
 from rlhf.config.terminal import shown, steer
-from rlhf.config.validate import find_problems, raise_problems
+from rlhf.config.validate import find_problems, raise_problems, value_problems
 from rlhf.data.problems import source_problems
-from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve
+from rlhf.launcher.hardware import Machine, detect, machine_problems, resolve, unused_ranks
 from rlhf.launcher.hosts import launcher_problems
 from rlhf.launcher.pipeline import StageRun, changed_inputs, run_stages
 from rlhf.launcher.plan import explanation, plan_files, plan_text, settings
-from rlhf.launcher.process import Outcome
 from rlhf.launcher.rundir import (
     CONFIG,
     DATA,
@@ -58,8 +55,8 @@ from rlhf.rollout.scorers import scorer_problems
 from rlhf.rollout.scorers.function import check_reference
 from rlhf.rollout.vllm_version import check_installed
 from rlhf.stages import stage_config_class
+from rlhf.stages.conclude import conclude, objective
 from rlhf.stages.pipeline.steps import stage_runs
-from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,21 +73,37 @@ class Started:
 def start(config: Config, origins: Mapping[str, str], *, in_sweep: bool) -> Started:
     """Do what `config.mode` says; raises ConfigError or DataError for what the user can mend."""
     read_escapes(config, origins)
+    raise_problems(located(problem, dict(origins)) for problem in value_problems(config))
     if config.mode is Mode.explain:
-        print(explained(config, resolve(config, detect(), adjustable=tuned_keys(origins)), origins))
+        print(
+            explained(
+                config, resolve(config, detect(), adjustable=tuned_keys(origins), asked=asked_keys(origins)), origins
+            )
+        )
         return Started(code=0, figures={})
     machine = detect()
-    composed, config = config, with_run_dir(resolve(with_templates(config), machine, adjustable=tuned_keys(origins)))
+    resolved = resolve(with_templates(config), machine, adjustable=tuned_keys(origins), asked=asked_keys(origins))
+    composed, config = config, with_run_dir(resolved)
     # In a sweep of plans, what does not fit is a row of the table like what does.
     check(config, machine, origins, must_fit=not (in_sweep and config.mode is Mode.plan))
     assert config.run_dir is not None
     run_dir = Path(config.run_dir)
     runs = stage_runs(config, run_dir)
+    if (note := unused_ranks(composed, config, machine)) and not in_sweep:
+        print(note, flush=True)
     if config.mode is Mode.plan:
         return plan(composed, config, runs, machine, origins, quiet=in_sweep)
+    give_home(config)
     if config.mode is Mode.data:
         return show_data(config, run_dir)
     return run(config, runs, machine, in_sweep=in_sweep)
+
+
+def give_home(config: Config) -> None:
+    """Let libraries, here and in ranks, keep in cache_dir what they keep in a home directory, where there is none."""
+    place = config.cache_dir or os.environ.get("RLHF_CACHE")
+    if place and os.path.expanduser("~") == "~":
+        os.environ.update({"HOME": os.path.abspath(place), "RLHF_CACHE": os.path.abspath(place)})
 
 
 def tuned_keys(origins: Mapping[str, str]) -> set[str]:
@@ -98,10 +111,16 @@ def tuned_keys(origins: Mapping[str, str]) -> set[str]:
     return {key for key, origin in origins.items() if origin.startswith("conf/tuned/")}
 
 
+def asked_keys(origins: Mapping[str, str]) -> set[str]:
+    """The keys that the command line or a recipe sets."""
+    return {key for key, origin in origins.items() if not origin.startswith("conf/tuned/")}
+
+
 def check_composed(config: Config, origins: Mapping[str, str]) -> None:
     """Raise one ConfigError with every problem of a composed configuration; start nothing."""
+    raise_problems(located(problem, dict(origins)) for problem in value_problems(config))
     machine = detect()
-    check(resolve(config, machine, adjustable=tuned_keys(origins)), machine, origins)
+    check(resolve(config, machine, adjustable=tuned_keys(origins), asked=asked_keys(origins)), machine, origins)
 
 
 def check(config: Config, machine: Machine, origins: Mapping[str, str], *, must_fit: bool = True) -> None:
@@ -184,7 +203,11 @@ def explained(config: Config, resolved: Config, origins: Mapping[str, str]) -> s
     if config.key is None:
         raise ConfigError("key is not set: give the option to explain, as in  mode=explain key=stage.ppo.kl_coef")
     if config.key not in docs:
-        raise ConfigError(f"key={config.key}: there is no such option{did_you_mean(config.key, docs)}")
+        near = similar_keys(config.key, docs)
+        raise ConfigError(
+            f"key={config.key}: there is no such option"
+            + (f": did you mean {' or '.join(near)}?" if near else "; launch.py --help lists all")
+        )
     values, used, plain = (dict(flat_values(each)) for each in (config, resolved, defaults_of(config)))
     if config.key not in values:
         inner = [key for key in values if key.startswith(f"{config.key}.")]
@@ -215,7 +238,7 @@ def plan(
     *,
     quiet: bool,
 ) -> Started:
-    """Print what a run would do and write it to the run directory's folder plan; start nothing."""
+    """Print what a run would do and, unless a run is there, write it to the run directory's folder plan."""
     run_dir = Path(config.run_dir or "")
     check_free(run_dir)
     changed = settings(composed, defaults_of(composed), origins)
@@ -338,47 +361,3 @@ def goes_on(
         if not changed:
             raise
         raise ConfigError(f"{error}. Its {' and '.join(changed)} changed since it finished") from error
-
-
-def objective(runs: list[StageRun]) -> float | None:
-    """The last stage's objective: of its evaluation after training, or the median of a metric of its steps."""
-    last = runs[-1]
-    name = last.config.stage.objective
-    value = (read_json(last.directory / SUMMARY).get("after") or {}).get(name)
-    values = [row[name] for row in read_rows(last.directory / METRICS) if isinstance(row.get(name), int | float)]
-    if value is None and values:
-        value = median(values)
-    return float(value) if isinstance(value, int | float) else None
-
-
-def conclude(runs: list[StageRun], run_dir: Path, outcome: Outcome) -> Outcome:
-    """Write the report, also of a run that failed, say where everything is, and return how the whole went."""
-    if not run_dir.is_dir():
-        return outcome  # Removed while it was written to: there is nothing to report.
-    written = report_outcome(run_dir)
-    if written.code:
-        print(f"launch.py: {written.message}", file=sys.stderr, flush=True)
-    if outcome.code:
-        return outcome
-    model = runs[-1].directory / "model"
-    if not model.is_dir():
-        return written
-    print(f"model:  {model}")
-    if runs[-1].name != "rm":
-        print(f"talk:   python -m rlhf.chat {os.path.relpath(run_dir)}")
-    return written
-
-
-def report_outcome(run_dir: Path) -> Outcome:
-    """Write the report and say where it is. Whatever keeps it from being written, what was trained is there."""
-    from rlhf.tracking.report import write_report
-
-    try:
-        _, report = write_report(run_dir)
-    except Exception as error:  # Also matplotlib's: a picture is not worth a traceback after days of training.
-        why = storage_problem(error) or f"{type(error).__name__}: {error}"
-        return Outcome(
-            1, f"the report could not be written: {why}; the same command writes it; the stages are in {run_dir}"
-        )
-    print(f"report: {report}")
-    return Outcome(0)

