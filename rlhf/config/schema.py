@@ -296,7 +296,19 @@ class LoraConfig:
     """Low-rank adapters (Hu et al. 2021): W + alpha/rank B A is trained instead of W."""
 
     rank: int | None = option(None, "Rank of the adapters; null trains all weights.", minimum=1)
-    alpha: float | None = option(None, "Scale of the adapters is alpha / rank; null: 2 × rank.", above=0)
+    critic_rank: int | None = option(
+        None, "Rank of the critic's adapters; null: as `rank`; 0 trains all its weights.", minimum=0
+    )
+    rm_rank: int | None = option(
+        None, "Rank of the reward model's own adapters; null: as `rank`; 0 trains all its weights.", minimum=0
+    )
+    alpha: float | None = option(None, "Scale of the adapters is alpha / their rank; null: 2 × their rank.", above=0)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of the adapters; null: their optimizer's, which a scalar head and, with only_lora=false, "
+        "norms and embeddings have in any case.",
+        above=0,
+    )
     dropout: float = option(0.0, "Dropout before the adapters; PPO needs 0.", minimum=0, maximum=0.99)
     targets: list[str] | None = option(
         None, "Names of the linear layers to adapt; null takes the model's lora_targets."
@@ -311,9 +323,16 @@ class LoraConfig:
         "What is adapted: sft and rm (the model of that stage), actor, critic.",
     )
 
+    def rank_of(self, *, stage: str, role: str) -> int | None:
+        """The rank of the adapters through which a stage's role is trained; None if all its weights are."""
+        name = stage if role == "model" else role
+        own = {"critic": self.critic_rank, "rm": self.rm_rank}.get(name)
+        rank = self.rank if own is None else own
+        return rank if rank and name in self.roles else None
+
     def adapts(self, *, stage: str, role: str) -> bool:
         """Whether a stage's role is trained through adapters."""
-        return self.rank is not None and (stage if role == "model" else role) in self.roles
+        return self.rank_of(stage=stage, role=role) is not None
 
 
 @dataclass(kw_only=True, slots=True)
