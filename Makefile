@@ -17,7 +17,7 @@ help:
 	@echo "make test          install with the development tools, then check and test"
 	@echo "make check         style, types, layering and size limits"
 	@echo "make format        put the code into the style that 'make check' wants"
-	@echo "make reference     write docs/config_reference.md and the tests' plans anew, after a change of options"
+	@echo "make reference     write docs/config_reference.md, flags and plans anew, after a change of options"
 	@echo "make test-smollm2  tests with a real pretrained model (downloads 98 MB)"
 	@echo "make test-gpu      tests that need a CUDA device"
 	@echo "make test-vllm     tests with vLLM's build for CPUs (downloads 600 MB)"
@@ -61,6 +61,7 @@ format: .venv/installed-dev
 
 reference: .venv/installed-dev
 	$(BIN)/python -m rlhf.stages.reference docs/config_reference.md
+	$(BIN)/python -m rlhf.config.foreign_page docs/from_deepspeed_chat.md
 	$(BIN)/python tests/config/test_combinations.py --write
 
 # vLLM's build for CPUs, without what text does not need (torchvision, torchaudio, torchcodec), in an environment of its

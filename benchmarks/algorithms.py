@@ -8,13 +8,13 @@ of benchmarks/quality.py, whose directories it shares; each other algorithm is a
 import argparse
 import itertools
 import json
-import os
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -144,8 +144,7 @@ def facts_of(found: dict[str, Path], reward_model: Path) -> dict[str, str]:
         "command": f"`python benchmarks/algorithms.py {' '.join(sys.argv[1:])}".rstrip() + "`",
         "commit": ", ".join([*commits, f"SFT and reward models {earlier['git_commit'][:7]}"]),
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()}), {summary['ranks']} ranks, "
-        f"{summary['precision']}",
+        "hardware": f"{processor()}, {summary['ranks']} ranks, {summary['precision']}",
     }
 
 

@@ -7,7 +7,6 @@ preparation is a process of its own; its memory is that of the process with the 
 import argparse
 import json
 import os
-import platform
 import random
 import resource
 import shutil
@@ -21,6 +20,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.machine import processor  # noqa: E402
+
 LIMITS = {"max_prompt_length": 256, "max_response_length": 256}
 
 
@@ -160,7 +161,7 @@ def write(lines: list[str], sft: list[str], pairs: int, size: int) -> None:
         "",
         f"- command: `python benchmarks/data.py --pairs {pairs}`",
         f"- commit: {commit.strip()}",
-        f"- hardware: {len(os.sched_getaffinity(0))} CPU cores ({platform.machine()})",
+        f"- hardware: {processor()}",
         f"- file: {pairs:,} generated pairs, {size / 1024**2:,.0f} MiB of JSON Lines; no row is lost",
         "- SFT: the tiny model on two ranks, 8,000 pairs; medians of three runs in turns",
         "",

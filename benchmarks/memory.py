@@ -6,11 +6,12 @@ fresh process: the peak of a forward and backward pass, or what is held after an
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -138,8 +139,7 @@ def main() -> int:
     from importlib.metadata import version
 
     head = [
-        f"- command: `python benchmarks/memory.py`, torch {version('torch')}, one thread of {os.cpu_count()} "
-        f"CPU cores ({platform.machine()})",
+        f"- command: `python benchmarks/memory.py`, torch {version('torch')}, one thread of {processor()}",
         f"- vocabulary {VOCABULARY:,}, hidden size {WIDTH}, bf16; log-probabilities and entropies with slices, "
         "log-probabilities alone the plain way",
         "",

@@ -4,7 +4,6 @@ python benchmarks/plan_time.py [--runs 7]    writes benchmarks/results/plan_time
 """
 
 import argparse
-import os
 import platform
 import statistics
 import subprocess
@@ -12,6 +11,8 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = {
@@ -48,7 +49,7 @@ def main() -> int:
                     times[name].append(taken)
     lines = [
         f"- command: `python benchmarks/plan_time.py --runs {runs}`, whole processes, after one warm-up",
-        f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()}), Python {platform.python_version()}",
+        f"- hardware: {processor()}, Python {platform.python_version()}",
         "",
         "| | median s | min | max |",
         "|---|---:|---:|---:|",

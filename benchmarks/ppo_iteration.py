@@ -7,11 +7,11 @@ benchmarks/quality.py; all answers have the same length, so that the ways do the
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import sys
 from pathlib import Path
+
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -32,7 +32,7 @@ def report(found: dict[str, list[dict[str, float]]], first: Path, *, length: int
     summary = json.loads((first / "summary.json").read_text(encoding="utf-8"))
     stage = (first / "config.yaml").read_text(encoding="utf-8").splitlines()
     batch = int(next(line.split(":")[1] for line in stage if line.strip().startswith("rollout_batch_size")))
-    hardware = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    hardware = f"{processor()}"
     lines = [
         f"- command: `python benchmarks/ppo_iteration.py {' '.join(sys.argv[1:])}`",
         f"- commit: {summary['git_commit']}",

@@ -7,13 +7,13 @@ finished ones are read, not run again.
 
 import argparse
 import json
-import os
-import platform
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from machine import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -139,7 +139,7 @@ def main() -> int:
         "command": "`python benchmarks/quality.py " + " ".join(sys.argv[1:]) + "`",
         "commit": summary["git_commit"],
         "versions": ", ".join(f"{name} {version}" for name, version in summary["versions"].items()),
-        "hardware": f"{os.cpu_count()} CPU cores ({platform.machine()})",
+        "hardware": f"{processor()}",
         "ranks and precision": f"{summary['ranks']}, {summary['precision']}",
     }
     results = ROOT / "benchmarks" / "results"

@@ -11,7 +11,6 @@ import importlib.util
 import itertools
 import json
 import os
-import platform
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +19,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from machine import processor
 from turns import Speeds, machine_limits, take_turns
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -271,7 +271,7 @@ def report(run: Path, one: dict[str, Any], two: dict[str, Any], turns: int) -> s
         f"- command: `python benchmarks/rollout.py {' '.join(sys.argv[1:])}`",
         f"- commit: {git_commit() or 'unknown'}",
         f"- versions: {', '.join(f'{name} {version(name)}' for name in packages)}",
-        f"- hardware: {os.cpu_count()} CPU cores ({platform.machine()})",
+        f"- hardware: {processor()}",
         f"- {PROMPTS} prompts of 16 to 64 tokens ({one['prompt tokens']} in all), up to {NEW} new tokens, bf16; "
         f"medians of {turns} turns, ratios too; native figures include the copy of the weights",
         "",

@@ -8,6 +8,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
 from algorithms import JUDGE, KL, SCORE, at_score, verdicts
+from machine import processor
 from ptx import TEXT, row
 from quality import goals
 
@@ -18,6 +19,12 @@ def _curve(*points: tuple[float, float]) -> list[dict[str, float]]:
         {"step": float(step), KL: kl, SCORE: score, JUDGE: 0.9, TEXT: 4 + kl / 10}
         for step, (kl, score) in enumerate(points)
     ]
+
+
+def test_a_processor_is_told_by_its_kind_and_its_instructions() -> None:
+    assert processor("model name\t: AMD Ryzen\nflags\t\t: sse avx2 sha_ni\n").endswith("CPU cores (AMD Ryzen; AVX2)")
+    assert processor("flags : avx2 avx512f amx_tile\nmodel name : Xeon\n").endswith("(Xeon; AVX2, AVX-512, AMX)")
+    assert "; " not in processor("")
 
 
 def test_the_kl_at_a_score_lies_between_evaluations() -> None:

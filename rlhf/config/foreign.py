@@ -47,11 +47,18 @@ _SCHEDULES = {
     "constant_with_warmup": "{stage}.optimizer.schedule=constant",
     **dict.fromkeys(("cosine_with_restarts", "polynomial"), "{stage}.optimizer.schedule=cosine"),
 }
+_NEAREST = "constant, linear or cosine; restarts and polynomial decay are not there, cosine is the nearest"
 _WARMUP = "a share of the optimizer steps, not their number"
 _BATCH = "all sequences of an optimizer step: those per device × GPUs × accumulation"
 _TARGETS = "names of layers, not a part of their path; without it the model's usual ones"
 _SOURCE = "data=deepspeed_chat is the mix of the published runs; data.sources.main.kind=file reads a file"
 _LORA = "alpha=1 keeps DeepSpeed-Chat's scale, 1 / lora_dim; the default is 2 × rank"
+_NO_DROPOUT = "there is no dropout: passes of the same policy must agree"
+_RATE = _option(
+    "lora.learning_rate={value}",
+    "5e-4",
+    "of all adapters; without it they have the rate of their optimizer, which with lora.only_lora=true is theirs alone",
+)
 
 # Flags of all training scripts.
 _EVERYWHERE: dict[str, Equivalent] = {
@@ -96,14 +103,16 @@ def _training(stage: str, model: str) -> dict[str, Equivalent]:
         "--learning_rate": _option("{stage}.optimizer.learning_rate={value}", "1e-5"),
         "--weight_decay": _option("{stage}.optimizer.weight_decay={value}", "0.1"),
         "--num_train_epochs": _option("{stage}.epochs={value}", "1"),
-        "--lr_scheduler_type": _option("{stage}.optimizer.schedule={value}", "cosine", **_SCHEDULES),
+        "--lr_scheduler_type": _option("{stage}.optimizer.schedule={value}", "cosine", _NEAREST, **_SCHEDULES),
         "--num_warmup_steps": _option("{stage}.optimizer.warmup_ratio=0.03", note=_WARMUP),
         "--gradient_checkpointing": _option("memory.gradient_checkpointing=true"),
-        "--dropout": _none(f"stage={stage} trains without dropout"),
+        "--dropout": _none(_NO_DROPOUT)
+        if stage == "dpo"
+        else _option("{stage}.dropout={value}", "0.1", "without it the model's own, as there"),
         "--zero_stage": _option("memory.zero_stage={value}", "2"),
         "--lora_dim": _option("lora.rank={value} lora.alpha=1", "128", _LORA),
         "--lora_module_name": _option("lora.targets=[q_proj,v_proj]", note=_TARGETS),
-        "--lora_learning_rate": _none("adapters have the learning rate of {stage}.optimizer"),
+        "--lora_learning_rate": _RATE,
     }
 
 
@@ -163,6 +172,7 @@ _PPO: dict[str, Equivalent] = _EVERYWHERE | {
     "--lr_scheduler_type": _option(
         "{stage}.optimizer.schedule={value} {stage}.critic_optimizer.schedule={value}",
         "cosine",
+        _NEAREST,
         **{name: f"{text} {text.replace('optimizer', 'critic_optimizer')}" for name, text in _SCHEDULES.items()},
     ),
     "--num_warmup_steps": _option(
@@ -182,19 +192,18 @@ _PPO: dict[str, Equivalent] = _EVERYWHERE | {
     ),
     "--actor_gradient_checkpointing": _option("memory.actor.gradient_checkpointing=true"),
     "--critic_gradient_checkpointing": _option("memory.critic.gradient_checkpointing=true"),
-    **dict.fromkeys(
-        ("--actor_dropout", "--critic_dropout"), _none("PPO has no dropout: passes of the same policy must agree")
+    **dict.fromkeys(("--actor_dropout", "--critic_dropout"), _none(_NO_DROPOUT)),
+    "--actor_lora_dim": _option(
+        "lora.rank={value} lora.alpha=1",
+        "128",
+        f"{_LORA}; with lora.critic_rank=0 the critic is trained whole, as there",
     ),
-    "--actor_lora_dim": _option("lora.rank={value} lora.alpha=1", "128", _LORA),
-    "--critic_lora_dim": _option(
-        "lora.rank={value} lora.alpha=1", "128", "the rank of all roles; lora.roles says which are adapted"
-    ),
+    "--critic_lora_dim": _option("lora.critic_rank={value} lora.alpha=1", "64", _LORA),
     **dict.fromkeys(
         ("--actor_lora_module_name", "--critic_lora_module_name"),
         _option("lora.targets=[q_proj,v_proj]", note=_TARGETS),
     ),
-    "--actor_lora_learning_rate": _none("adapters have the learning rate of {stage}.optimizer"),
-    "--critic_lora_learning_rate": _none("adapters have the learning rate of {stage}.critic_optimizer"),
+    **dict.fromkeys(("--actor_lora_learning_rate", "--critic_lora_learning_rate"), _RATE),
     "--enable_ema": _option("{stage}.ema.decay=0.992"),
     "--enable_mixed_precision_lora": _none("ZeRO++ is not supported"),
     "--align_overflow": _none("in bf16 nothing overflows; in fp16 actor and critic have a loss scale each"),

@@ -162,20 +162,50 @@ def _lora(config: Config) -> Iterator[str]:
     for role in lora.roles:
         if role not in known:
             yield f"lora.roles={lora.roles}: there is no role {role}{did_you_mean(role, known)}"
-    if lora.rank is None:
-        if not lora.only_lora:
-            yield "lora.only_lora=false: there are no adapters, so that all weights are trained; give lora.rank, too"
-        return
+    trained = set(_trained(config.stage))
+    yield from _own_ranks(config, trained)
+    ranks = {name: lora.rank_of(stage=name, role=name) for name in known if name in trained}
+    if not any(ranks.values()):
+        unused = {"only_lora=false": not lora.only_lora, f"learning_rate={lora.learning_rate}": lora.learning_rate}
+        none = lora.rank is None
+        how = (
+            "give lora.rank, too"
+            if none
+            else f"lora.roles={lora.roles} leaves out what stage={config.stage.name} trains"
+        )
+        for option in (option for option, given in unused.items() if given):
+            yield f"lora.{option}: there are no adapters, so that all weights are trained; {how}"
     for key, model in {"model": config.model, "reward_model": config.reward_model}.items():
-        used = set(lora.roles) & ({"sft", "actor"} if key == "model" else {"rm", "critic"})
+        mine = ("sft", "actor") if key == "model" else ("rm", "critic")
+        used = {name: rank for name in mine if (rank := lora.rank_of(stage=name, role=name)) is not None}
         if lora.targets is None and not model.lora_targets and used:
             yield (
-                f"lora.rank={lora.rank}: {key}={model.name} names no layers to adapt: give some, as in  "
+                f"lora.rank={max(used.values())}: {key}={model.name} names no layers to adapt: give some, as in  "
                 f"lora.targets=[q_proj,v_proj], or leave {', '.join(sorted(used))} out of lora.roles"
             )
-    trained = {role.name for role in config.stage.roles() if role.optimizer is not None}
-    if lora.dropout > 0 and (config.stage.name == "pipeline" or "actor" in trained):
+    if lora.dropout > 0 and any(ranks.values()) and "actor" in trained:
         yield f"lora.dropout={lora.dropout}: PPO and DPO need 0: passes of the same policy must agree"
+
+
+def _own_ranks(config: Config, trained: set[str]) -> Iterator[str]:
+    """Ranks for models that the run does not train, or does not adapt."""
+    lora = config.lora
+    for key, name, called in (("critic_rank", "critic", "critic"), ("rm_rank", "rm", "reward model")):
+        rank = getattr(lora, key)
+        if rank is not None and name not in trained:
+            yield f"lora.{key}={rank}: stage={config.stage.name} trains no {called}; leave it out"
+        elif (rank or 0) > 0 and name not in lora.roles:
+            yield f"lora.{key}={rank}: lora.roles={lora.roles} leaves {name} out; add it, or leave lora.{key} out"
+
+
+def _trained(stage: StageConfig) -> Iterator[str]:
+    """What a stage, or a pipeline, trains, by the names of lora.roles."""
+    for entry in fields(stage):
+        if isinstance(value := getattr(stage, entry.name), StageConfig):
+            yield from _trained(value)
+    for role in stage.roles():
+        if role.optimizer is not None:
+            yield stage.name if role.name == "model" else role.name
 
 
 def _stage(stage: StageConfig, prefix: str, *, mode: Mode, scored: bool) -> Iterator[str]:

@@ -16,6 +16,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.roles import Role
 from rlhf.config.schema import MemoryConfig, OptimizerConfig, Precision, Schedule
 from rlhf.launcher.ds_config import deepspeed_config
+from rlhf.models.lora import is_adapter
 from rlhf.planner.memory import FP16_NEEDS_ZERO
 
 DTYPES = {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16, Precision.fp32: torch.float32}
@@ -40,7 +41,15 @@ def partitioned_loading(role: Role, *, memory: MemoryConfig, ranks: int) -> Iter
         del keep_alive
 
 
-def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: int, total_steps: int = 1) -> Any:
+def build_engine(
+    module: nn.Module,
+    role: Role,
+    *,
+    memory: MemoryConfig,
+    ranks: int,
+    total_steps: int = 1,
+    adapter_rate: float | None = None,
+) -> Any:
     """Wrap a module into a DeepSpeed engine.
 
     Args:
@@ -49,6 +58,7 @@ def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: 
         memory: ZeRO stage and precision (resolved).
         ranks: size of the process group.
         total_steps: optimizer steps of the whole run: the length of the learning-rate schedule.
+        adapter_rate: peak learning rate of the adapters; None: that of the role's optimizer.
 
     Returns:
         The engine, in training mode for trained roles with dropout as the model has it, else in evaluation mode.
@@ -68,7 +78,7 @@ def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: 
         return engine
     engine, *_ = deepspeed.initialize(
         model=module,
-        model_parameters=parameter_groups(module, weight_decay=role.optimizer.weight_decay),
+        model_parameters=parameter_groups(module, weight_decay=role.optimizer.weight_decay, adapter_rate=adapter_rate),
         config=config,
         lr_scheduler=scheduler_factory(role.optimizer, total_steps=total_steps),
         dist_init_required=False,
@@ -80,18 +90,29 @@ def build_engine(module: nn.Module, role: Role, *, memory: MemoryConfig, ranks: 
     return engine
 
 
-def parameter_groups(module: nn.Module, *, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices with weight decay, and biases, norms and other vectors without.
+def parameter_groups(
+    module: nn.Module, *, weight_decay: float, adapter_rate: float | None = None
+) -> list[dict[str, Any]]:
+    """Matrices with weight decay; biases, norms and other vectors without; adapters, if they have a rate of their own.
 
-    Dimensions are read from `ds_shape` under ZeRO-3, where a parameter itself is an empty placeholder.
+    The schedule multiplies each group's own rate. Dimensions are read from `ds_shape` under ZeRO-3, where a parameter
+    itself is an empty placeholder.
     """
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
-    for parameter in module.parameters():
+    adapters: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             shape = getattr(parameter, "ds_shape", parameter.shape)
-            (decayed if len(shape) >= 2 else exempt).append(parameter)
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+            if adapter_rate is not None and is_adapter(name):
+                adapters.append(parameter)
+            else:
+                (decayed if len(shape) >= 2 else exempt).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": exempt, "weight_decay": 0.0},
+        {"params": adapters, "weight_decay": weight_decay, "lr": adapter_rate},
+    ]
     return [group for group in groups if group["params"]]
 
 

@@ -62,6 +62,10 @@ def _lines(
     yield "\n# Model states in GiB on each device"
     for run in runs:
         yield from _memory(run.config)
+    adapters = [line for run in runs for line in _adapters(run.config)]
+    if adapters:
+        yield "\n# Adapters"
+        yield from adapters
     if config.launcher.kind not in (LauncherKind.local, LauncherKind.no_ssh) and config.launcher.hostfile is None:
         yield f"\n# launcher.hostfile is not set: mode=run needs one; {hardware.nodes} machines are made up here"
     for run in runs:
@@ -114,6 +118,25 @@ def _memory(config: Config) -> Iterator[str]:
         why = "not made" if estimate.fits(ranks=shared) else "too large beside them"
         how = copied if config.rollout.gather or shared > 1 else f"{why}, so {without}"
         yield f"{config.stage.name}: the policy takes {estimate.shared(shared) / GIB:.2f} more to generate ({how})"
+
+
+def _adapters(config: Config) -> Iterator[str]:
+    """What a stage trains of each model, if it trains one through adapters."""
+    lora, stage = config.lora, config.stage
+    trained = [role for role in roles_of(config, stage) if role.optimizer is not None]
+    ranks = {role.name: lora.rank_of(stage=stage.name, role=role.name) for role in trained}
+    estimate = stage_memory(config, stage) if any(ranks.values()) else None
+    states = {states.role: states for states in estimate.roles} if estimate is not None else {}
+    for role in trained if any(ranks.values()) else ():
+        rank, optimizer = ranks[role.name], role.optimizer
+        assert optimizer is not None
+        told = [f"rank {rank}"] if rank is not None else ["none, all weights are trained"]
+        if rank is not None and role.name in states:
+            own = states[role.name]
+            told.append(f"{own.trainable / 1e6:.2f} of {own.parameters / 1e6:.2f} million parameters are trained")
+        if rank is not None:
+            told.append(f"learning rate {lora.learning_rate or optimizer.learning_rate:g}")
+        yield f"{stage.name}: {role.name}: {', '.join(told)}"
 
 
 def _capacity(config: Config, estimate: StageMemory) -> str:

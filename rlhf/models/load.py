@@ -192,6 +192,27 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(part, name, 0.0)
 
 
+def set_dropout(model: nn.Module, probability: float, *, key: str) -> None:
+    """Give every dropout of a model one probability, whatever its configuration says. Before adapters are added.
+
+    The configuration, which is exported with the model, stays as it is: what is trained from the export has its own
+    dropout. Layers that are dropped whole (OPT's layerdrop) are another thing and left alone.
+
+    Raises:
+        ConfigError: the model has no dropout, so that the option `key` would do nothing.
+    """
+    found = False
+    for part in model.modules():
+        if isinstance(part, nn.Dropout):
+            part.p, found = probability, True
+        for name, value in vars(part).items():
+            if ("dropout" in name or "pdrop" in name) and type(value) in (int, float):
+                setattr(part, name, probability)
+                found = True
+    if not found:
+        raise ConfigError(f"{key}={probability:g}: {type(model).__name__} has no dropout; leave {key} out")
+
+
 def has_scalar_head(directory: Path) -> bool:
     """Whether a model directory holds a trained sequence classifier."""
     return _classifies(load_config(directory))

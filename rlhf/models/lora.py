@@ -108,6 +108,11 @@ class AdaptersOff:
             return self.engine(*arguments, **options)
 
 
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of this name is part of an adapter."""
+    return name.endswith((_A, _B))
+
+
 def is_adapted(model: nn.Module) -> bool:
     """Whether a model has adapters."""
     return any(isinstance(part, LoraLayer) for part in model.modules())

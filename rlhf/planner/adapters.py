@@ -10,7 +10,8 @@ from rlhf.planner.parameters import block_linears
 
 def adapter_problems(config: Config) -> Iterator[str]:
     """Say which names of `lora.targets` no layer of a model has; models of unknown sizes are trusted."""
-    if config.lora.rank is None or config.lora.targets is None:
+    lora = config.lora
+    if lora.targets is None or not (lora.rank or lora.critic_rank or lora.rm_rank):
         return
     models = {"model": config.model}
     if config.reward_model != config.model:
@@ -20,7 +21,7 @@ def adapter_problems(config: Config) -> Iterator[str]:
         if sizes is None:
             continue
         names = [layer.name for layer in block_linears(sizes)]
-        for target in config.lora.targets:
+        for target in lora.targets:
             if target not in names:
-                where = f"lora.targets={config.lora.targets}: {key}={model.name}"
+                where = f"lora.targets={lora.targets}: {key}={model.name}"
                 yield f"{where} has no {target}{did_you_mean(target, names)}"

@@ -131,7 +131,9 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
     device = hardware.gpu_memory_gib * GIB if hardware.gpu_memory_gib is not None else None
     actor = next((role for role in stage.roles() if role.generates), None)
     whole = next((states.parameters for states in roles if actor is not None and states.role == actor.name), 0)
-    copied = whole * _bytes_per_weight(config) if actor is not None and _generates_from_a_copy(config, actor) else 0.0
+    copied = (
+        whole * _bytes_per_weight(config) if actor is not None and _generates_from_a_copy(config, stage, actor) else 0.0
+    )
     sizes = architecture_of(config.model)
     outer = sizes.vocab_size * sizes.hidden_size * (1 if sizes.tied_embeddings else 2) if sizes is not None else 0
     return StageMemory(
@@ -146,7 +148,7 @@ def stage_memory(config: Config, stage: StageConfig) -> StageMemory | None:
     )
 
 
-def _generates_from_a_copy(config: Config, actor: Role) -> bool:
+def _generates_from_a_copy(config: Config, stage: StageConfig, actor: Role) -> bool:
     if config.memory.of_role(actor.name, trained=True).zero_stage == 3:
         return True  # On CPUs a machine's ranks may share it: this is the most that each of them needs.
     if config.rollout.backend is RolloutBackend.vllm:
@@ -155,7 +157,7 @@ def _generates_from_a_copy(config: Config, actor: Role) -> bool:
         return False  # It generates with the weights and the adapters as they are.
     # With a compiler there is none: this is the most that may be needed.
     packed = config.hardware.accelerator is Accelerator.cpu and config.memory.precision is Precision.bf16
-    return packed or (config.lora.rank is not None and actor.optimizer is not None)
+    return packed or (actor.optimizer is not None and config.lora.adapts(stage=stage.name, role=actor.name))
 
 
 def decodes_in_place(config: Config) -> bool:
@@ -195,10 +197,10 @@ def _role_states(config: Config, stage: StageConfig, role: Role) -> RoleStates |
     head = Head.scalar if role.scalar else Head.lm
     parameters = parameter_count(sizes, head=head)
     trainable = parameters if trained else 0
-    if trained and config.lora.adapts(stage=stage.name, role=role.name):
-        assert config.lora.rank is not None
+    rank = config.lora.rank_of(stage=stage.name, role=role.name) if trained else None
+    if rank is not None:
         targets = model.lora_targets if config.lora.targets is None else config.lora.targets
-        trainable = lora_parameter_count(sizes, rank=config.lora.rank, targets=targets)
+        trainable = lora_parameter_count(sizes, rank=rank, targets=targets)
         parameters += trainable
         if not config.lora.only_lora:
             trainable += norm_and_embedding_parameters(sizes, head=head)

@@ -35,7 +35,14 @@ def finish_engine(config: Config, role: Role, module: Any, model: PreTrainedMode
     if role.optimizer is not None:
         adapt(model, config, role)
     enable_checkpointing(model, role, memory=config.memory)
-    return build_engine(module, role, memory=config.memory, ranks=world_size(), total_steps=total_steps)
+    return build_engine(
+        module,
+        role,
+        memory=config.memory,
+        ranks=world_size(),
+        total_steps=total_steps,
+        adapter_rate=config.lora.learning_rate,
+    )
 
 
 def build_policy(

@@ -164,14 +164,14 @@ def count_steps(*, batches_per_epoch: int, epochs: float, max_steps: int | None)
 
 def adapt(model: PreTrainedModel, config: Config, role: Role) -> None:
     """Put adapters into a role's model, if the run's options say so. Before its engine is built."""
-    if not config.lora.adapts(stage=config.stage.name, role=role.name):
+    rank = config.lora.rank_of(stage=config.stage.name, role=role.name)
+    if rank is None:
         return
-    assert config.lora.rank is not None
     chosen: ModelConfig = getattr(config, role.model_key)
     add_adapters(
         model,
-        rank=config.lora.rank,
-        alpha=config.lora.alpha if config.lora.alpha is not None else 2.0 * config.lora.rank,
+        rank=rank,
+        alpha=config.lora.alpha if config.lora.alpha is not None else 2.0 * rank,
         dropout=config.lora.dropout,
         targets=chosen.lora_targets if config.lora.targets is None else config.lora.targets,
         seed=config.seed,

@@ -381,6 +381,19 @@ def test_a_plan_says_what_generation_copies(overrides: tuple[str, ...], said: st
     assert f"ppo: the policy takes {said}" in plan("stage=ppo", *overrides)
 
 
+def test_a_plan_says_what_is_trained_through_adapters() -> None:
+    sizes = ("stage=ppo", "model=opt1.3b", "model@reward_model=opt350m", "hardware=8xa100", "lora=r128")
+    own = plan(*sizes, "lora.critic_rank=64", "lora.learning_rate=5e-4")
+    assert "ppo: actor: rank 128, 113.25 of 1429.00 million parameters are trained, learning rate 0.0005" in own
+    assert "ppo: critic: rank 64, 28.31 of 359.51 million parameters are trained, learning rate 0.0005" in own
+    assert "lora.critic_rank=64" in own and "lora.learning_rate=0.0005" in own
+    whole = plan(*sizes, "lora.critic_rank=0", "stage.critic_optimizer.learning_rate=2e-5")
+    assert "ppo: critic: none, all weights are trained" in whole
+    assert "ppo: actor: rank 128, 113.25 of 1429.00 million parameters are trained, learning rate 1e-05" in whole
+    assert "# Adapters" not in plan(*sizes[:-1])
+    assert "stage.dropout=0.1 " in plan("stage=sft", "model=opt1.3b", "hardware=8xa100", "stage.dropout=0.1")
+
+
 def test_there_is_a_plan_for_every_file() -> None:
     assert {path.stem for path in GOLDEN.iterdir()} == set(PLANS)
 

@@ -5,9 +5,11 @@ from itertools import pairwise
 import pytest
 import torch
 from torch import nn
+from transformers import OPTConfig, OPTForCausalLM
 
 from rlhf.config.schema import OptimizerConfig, Schedule
 from rlhf.engine.build import learning_rate_factor, parameter_groups, scheduler_factory
+from rlhf.models.lora import add_adapters
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))
@@ -42,3 +44,28 @@ def test_only_matrices_decay() -> None:
     assert exempt["weight_decay"] == 0.0
     assert [tuple(parameter.shape) for parameter in decayed["params"]] == [(5, 4), (3, 4)]
     assert [tuple(parameter.shape) for parameter in exempt["params"]] == [(3,), (3,)]
+
+
+def test_adapters_may_have_a_rate_of_their_own_under_the_same_schedule() -> None:
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "ffn_dim": 8, "vocab_size": 16}
+    model = OPTForCausalLM(OPTConfig(word_embed_proj_dim=8, max_position_embeddings=8, **sizes))
+    add_adapters(model, rank=2, alpha=4.0, dropout=0.0, targets=["q_proj"], seed=0, only_lora=False)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert len(parameter_groups(model, weight_decay=0.1)) == 2
+    decayed, exempt, adapters = parameter_groups(model, weight_decay=0.1, adapter_rate=0.5)
+    assert all("lora_" in names[id(parameter)] for parameter in adapters["params"])
+    assert not any("lora_" in names[id(parameter)] for group in (decayed, exempt) for parameter in group["params"])
+    assert (adapters["weight_decay"], adapters["lr"]) == (0.1, 0.5)
+    wrapped = torch.optim.AdamW([decayed, exempt, adapters], lr=0.01)
+    options = OptimizerConfig(schedule=Schedule.constant, warmup_ratio=0.75)
+    scheduler = scheduler_factory(options, total_steps=4)(wrapped)
+    rates = []
+    for _ in range(4):
+        rates.append([group["lr"] for group in wrapped.param_groups])
+        wrapped.step()
+        scheduler.step()
+    assert rates == [pytest.approx([0.01 * part, 0.01 * part, 0.5 * part]) for part in (0.25, 0.5, 0.75, 1.0)]
+    model.requires_grad_(False)
+    adapters["params"][0].requires_grad_(True)
+    (only,) = parameter_groups(model, weight_decay=0.1, adapter_rate=0.5)
+    assert only["lr"] == 0.5

@@ -8,8 +8,17 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
+from rlhf.config.errors import ConfigError
 from rlhf.config.schema import ModelConfig, ScratchConfig, WeightSource
 from rlhf.engine.export import export_adapter
 from rlhf.models.load import (
@@ -18,6 +27,7 @@ from rlhf.models.load import (
     initialize_head_weight,
     load_causal_lm,
     load_scalar_model,
+    set_dropout,
     vocabulary_limit,
 )
 from rlhf.models.lora import add_adapters
@@ -76,6 +86,55 @@ def test_without_dropout_training_mode_computes_what_evaluation_does(directory: 
         disable_dropout(model)
         torch.testing.assert_close(model.train()(ids).logits, expected)
     assert not any(isinstance(part, nn.Dropout) and part.p for part in model.modules())
+
+
+SIZES = {"vocab_size": 24, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+FAMILIES = {
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 16, "dropout": 0.3, "layerdrop": 0.0},
+    "llama": {"intermediate_size": 32, "attention_dropout": 0},
+    "qwen2": {"intermediate_size": 32, "num_key_value_heads": 1},
+    "qwen3": {"intermediate_size": 32, "head_dim": 8, "num_key_value_heads": 2},
+    "gpt_neox": {"intermediate_size": 32},
+    "bloom": {"hidden_dropout": 0.1},
+    "gpt2": {},
+    "phi": {"intermediate_size": 32},
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"), [(name, "eager") for name in FAMILIES] + [("opt", "sdpa"), ("llama", "sdpa")]
+)
+def test_a_dropout_replaces_the_configurations_in_every_family(family: str, attention: str) -> None:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    stated = model.config.to_dict()
+    ids = torch.tensor([[1, 2, 3, 4, 5, 6, 7, 8]])
+
+    def logits(training: bool) -> torch.Tensor:
+        torch.manual_seed(1)
+        with torch.no_grad():
+            found: torch.Tensor = model.train(training)(ids).logits
+        return found
+
+    expected = logits(False)
+    set_dropout(model, 0.0, key="stage.dropout")
+    torch.testing.assert_close(logits(True), expected)
+    set_dropout(model, 0.3, key="stage.dropout")
+    trained = logits(True)
+    assert not torch.allclose(trained, expected)
+    torch.testing.assert_close(logits(True), trained)  # Of the same random numbers.
+    torch.testing.assert_close(logits(False), expected)
+    set_dropout(model, 0.6, key="stage.dropout")
+    assert not torch.allclose(logits(True), trained)
+    assert model.config.to_dict() == stated
+    assert all(part.p == 0.6 for part in model.modules() if isinstance(part, nn.Dropout))
+    assert getattr(model.get_decoder(), "layerdrop", 0.0) == 0.0
+
+
+def test_dropout_of_a_model_that_has_none_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"stage\.sft\.dropout=0\.1: Linear has no dropout"):
+        set_dropout(nn.Linear(2, 2), 0.1, key="stage.sft.dropout")
 
 
 def test_an_added_padding_token_gets_a_row(directory: Path, tmp_path: Path) -> None:

@@ -145,6 +145,37 @@ def test_adapters_leave_little_to_train() -> None:
     assert with_norms["actor"].trainable == adapters + others
 
 
+def test_critic_and_reward_model_may_have_adapters_of_another_rank() -> None:
+    actor, wide, narrow = (
+        lora_parameter_count(SMALL[family], rank=rank, targets=TARGETS)
+        for family, rank in (("llama", 8), ("opt", 8), ("opt", 2))
+    )
+    head = 24
+    ppo = replace(config(1), stage=PPOConfig())
+    for lora, trainable, whole in (
+        (LoraConfig(rank=8), wide + head, SCALAR + wide),
+        (LoraConfig(rank=8, critic_rank=2), narrow + head, SCALAR + narrow),
+        (LoraConfig(rank=8, critic_rank=0), SCALAR, SCALAR),
+        (LoraConfig(rank=8, rm_rank=2), wide + head, SCALAR + wide),
+        (LoraConfig(critic_rank=2), narrow + head, SCALAR + narrow),
+    ):
+        found = states(replace(ppo, lora=lora))
+        critic = found["critic"]
+        assert (critic.trainable, critic.parameters) == (trainable, whole)
+        assert parts(critic) == (2 * whole, 2 * trainable, 12 * trainable / 4)
+        assert found["actor"].trainable == (actor if lora.rank else LM)
+        assert ("reference" in found) == (lora.rank is None)
+    for lora, trainable in (
+        (LoraConfig(rank=8), wide + head),
+        (LoraConfig(rank=8, rm_rank=2), narrow + head),
+        (LoraConfig(rank=8, rm_rank=0), SCALAR),
+        (LoraConfig(rm_rank=2), narrow + head),
+        (LoraConfig(rank=8, critic_rank=2), wide + head),
+    ):
+        (model,) = states(replace(config(1), stage=RMConfig(), lora=lora)).values()
+        assert model.trainable == trainable
+
+
 def test_a_directory_has_its_own_sizes_and_the_chosen_model_s_adapters(tmp_path: Path) -> None:
     sizes = replace(SMALL["llama"], num_layers=5)
     transformers_config(sizes).save_pretrained(tmp_path)

@@ -30,6 +30,12 @@ class RMConfig(StageConfig):
     centering_coef: float = option(
         0.01, "Weight of (chosen + rejected)^2, which keeps the mean score near zero.", minimum=0
     )
+    dropout: float | None = option(
+        None,
+        "Probability of every dropout of the model in training; null: what the model's configuration says.",
+        minimum=0,
+        maximum=0.99,
+    )
     optimizer: OptimizerConfig = option_factory(OptimizerConfig, "Optimizer of the model.")
 
     def roles(self) -> list[Role]:

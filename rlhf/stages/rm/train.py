@@ -12,17 +12,24 @@ from rlhf.batch import PreferenceBatch
 from rlhf.config.schema import Config
 from rlhf.data.collate import collate_pairs
 from rlhf.data.loader import GlobalLoader, eval_batches
-from rlhf.engine.build import build_engine, partitioned_loading
+from rlhf.engine.build import partitioned_loading
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
 from rlhf.engine.heads import new_head
 from rlhf.engine.update import Objective, optimizer_step
 from rlhf.functional.losses import preference_loss
-from rlhf.models.load import ScalarModel, load_scalar_model
+from rlhf.models.load import ScalarModel, load_scalar_model, set_dropout
 from rlhf.models.score_rule import score_tail, write_score_rule
 from rlhf.rollout.forward import sequence_scores
+from rlhf.stages.policy import finish_engine
 from rlhf.stages.rm.config import RMConfig
-from rlhf.stages.session import Session, adapt, count_steps, enable_checkpointing, open_session, record_step
+from rlhf.stages.session import (
+    Session,
+    count_steps,
+    open_session,
+    option_prefix,
+    record_step,
+)
 
 
 def run(config: Config, run_dir: Path) -> None:
@@ -52,9 +59,9 @@ def run(config: Config, run_dir: Path) -> None:
             revision=None if stage.sft_model else config.reward_model.revision,
         )
     new_head(model, seed=config.seed)
-    adapt(model.classifier, config, role)
-    enable_checkpointing(model.classifier, role, memory=config.memory)
-    engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
+    if stage.dropout is not None:
+        set_dropout(model.classifier, stage.dropout, key=f"{option_prefix(run_dir, 'rm')}.dropout")
+    engine = finish_engine(config, role, model, model.classifier, total_steps=total_steps)
     seed_everything(config.seed + session.rank)
 
     before = latest = evaluate(session, engine, step=0)

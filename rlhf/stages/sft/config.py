@@ -20,6 +20,12 @@ class SFTConfig(StageConfig):
     packing: bool = option(
         False, "Put the examples of a micro-batch one behind the other instead of padding them; none sees another."
     )
+    dropout: float | None = option(
+        None,
+        "Probability of every dropout of the model in training; null: what the model's configuration says.",
+        minimum=0,
+        maximum=0.99,
+    )
     epochs: float = option(1.0, "Passes over the training part.", above=0)
     max_steps: int | None = option(None, "Optimizer steps at most; null for no bound beside `epochs`.", minimum=1)
     eval_every: int = option(

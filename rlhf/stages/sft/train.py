@@ -13,22 +13,22 @@ from rlhf.config.schema import Config
 from rlhf.data.collate import collate_sft
 from rlhf.data.loader import GlobalLoader, eval_batches
 from rlhf.data.packing import pack
-from rlhf.engine.build import build_engine, partitioned_loading
+from rlhf.engine.build import partitioned_loading
 from rlhf.engine.distributed import seed_everything
 from rlhf.engine.export import export_model
 from rlhf.engine.update import Objective, optimizer_step
-from rlhf.models.load import load_causal_lm, vocabulary_limit
+from rlhf.models.load import load_causal_lm, set_dropout, vocabulary_limit
 from rlhf.planner.architecture import PACKABLE, PACKING_ATTENTION
 from rlhf.rollout.forward import next_token_loss
+from rlhf.stages.policy import finish_engine
 from rlhf.stages.samples import record_samples
 from rlhf.stages.session import (
     Session,
-    adapt,
     count_steps,
-    enable_checkpointing,
     generator_of,
     global_count,
     open_session,
+    option_prefix,
     record_step,
 )
 from rlhf.stages.sft.config import SFTConfig
@@ -62,9 +62,9 @@ def run(config: Config, run_dir: Path) -> None:
             revision=config.model.revision,
         )
     check_packing(stage, model)
-    adapt(model, config, role)
-    enable_checkpointing(model, role, memory=config.memory)
-    engine = build_engine(model, role, memory=config.memory, ranks=session.ranks, total_steps=total_steps)
+    if stage.dropout is not None:
+        set_dropout(model, stage.dropout, key=f"{option_prefix(run_dir, 'sft')}.dropout")
+    engine = finish_engine(config, role, model, model, total_steps=total_steps)
     seed_everything(config.seed + session.rank)
     vocab_limit = vocabulary_limit(model, session.tokenizer)
     generator = generator_of(config, engine, session.tokenizer, vocab_limit=vocab_limit)
