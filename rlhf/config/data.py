@@ -1,13 +1,12 @@
 """The data mix: sources, their split over the stages, and limits of rows."""
 
-YAML files under `conf/` hold differences from these defaults, nothing else. A stage's own options live beside it in
-`rlhf/stages/<name>/config.py` and derive from `StageConfig`. Nothing here imports torch.
-"""
-
 from dataclasses import dataclass
 
 from rlhf.config.choices import Exhausted, LossOn, OnProblem, Unread
 from rlhf.config.fields import option, option_factory
+
+# The format of a source that its rows tell.
+AUTO = "auto"
 
 
 @dataclass(kw_only=True, slots=True)

@@ -19,6 +19,7 @@ from rlhf.config.choices import Reuse as Reuse
 from rlhf.config.choices import Schedule as Schedule
 from rlhf.config.choices import Unread as Unread
 from rlhf.config.choices import WeightSource as WeightSource
+from rlhf.config.data import AUTO as AUTO
 from rlhf.config.data import DataConfig as DataConfig
 from rlhf.config.data import SourceConfig as SourceConfig
 from rlhf.config.data import SplitConfig as SplitConfig
@@ -130,10 +131,6 @@ class ModelConfig:
     scratch: ScratchConfig = option_factory(ScratchConfig, "The model to create (source=scratch).")
     architecture: ArchitectureConfig = option_factory(ArchitectureConfig, "Its sizes, for planning.")
     lora_targets: list[str] = option_factory(list, "Names of the linear layers that LoRA adapts.")
-
-
-# The format of a source that its rows tell.
-AUTO = "auto"
 
 
 @dataclass(kw_only=True, slots=True)
