@@ -10,11 +10,13 @@ PYTHONDONTWRITEBYTECODE =
 SOURCES = rlhf launch.py
 STYLED = rlhf launch.py tests benchmarks
 
-.PHONY: help run test check format reference test-smollm2 test-gpu test-vllm clean
+.PHONY: help run test pytest test-fast test-avx2 check format reference test-smollm2 test-gpu test-vllm clean
 
 help:
 	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
 	@echo "make test          install with the development tools, then check and test"
+	@echo "make test-fast     the tests that start no process, in a minute"
+	@echo "make test-avx2     the tests as a processor without AVX-512 runs them (needs root)"
 	@echo "make check         style, types, layering and size limits"
 	@echo "make format        put the code into the style that 'make check' wants"
 	@echo "make reference     write docs/config_reference.md, flags and plans anew, after a change of options"
@@ -45,8 +47,16 @@ help:
 run: .venv/installed
 	$(BIN)/python launch.py
 
-test: check
-	$(BIN)/python -m pytest -n 2
+# The static checks run beside the tests: neither waits for the other, and both have to pass.
+test: .venv/installed-dev
+	@$(MAKE) --no-print-directory -j 2 check pytest
+
+pytest: .venv/installed-dev
+	@echo "running the tests (ten minutes)"
+	@$(BIN)/python -m pytest -n 2
+
+test-fast: .venv/installed-dev
+	$(BIN)/python -m pytest --fast
 
 check: .venv/installed-dev
 	$(BIN)/ruff check $(STYLED)
@@ -79,6 +89,10 @@ test-vllm: .venv-vllm/installed
 
 test-gpu: .venv/installed-dev
 	$(BIN)/python -m pytest -m gpu
+
+# Libraries are told to use AVX2 only; a pretended /proc/cpuinfo says the same to us.
+test-avx2: .venv/installed-dev
+	tests/as_avx2.sh $(BIN)/python -m pytest -n 2
 
 test-smollm2: .venv/installed-smollm2
 	$(BIN)/python -m pytest -m smollm2

@@ -1,6 +1,7 @@
 """Settings of all tests: one thread, a cache of their own, and annotations (tensor shapes too) checked at run time."""
 
 import os
+import sys
 from typing import Any
 
 import jaxtyping
@@ -40,6 +41,34 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     config.option.loadscopereorder = False  # What takes longest begins early.
     return Together(config, log)
+
+
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--fast`: only the tests that start no process."""
+    parser.addoption("--fast", action="store_true", help="only the tests that start no process")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """With `--fast` a test that starts a process fails: it has to be marked."""
+    if not config.getoption("--fast"):
+        return
+
+    def refuse(event: str, arguments: tuple[Any, ...]) -> None:
+        if event in STARTS and "PYTEST_CURRENT_TEST" in os.environ:
+            raise RuntimeError(f"a test that starts a process ({event}) has to be marked with `processes`")
+
+    sys.addaudithook(refuse)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With `--fast` leave out what starts processes."""
+    if config.getoption("--fast"):
+        left = [item for item in items if item.get_closest_marker("processes") or item.get_closest_marker("ranks")]
+        config.hook.pytest_deselected(items=left)
+        items[:] = [item for item in items if item not in left]
 
 
 RANKS = pytest.StashKey[dict[int, Ranks]]()

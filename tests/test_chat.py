@@ -227,6 +227,7 @@ def test_pickled_weights_are_refused(tmp_path: Path) -> None:
         chat.load_chat(chat.find_model(tmp_path), chat.Options())
 
 
+@pytest.mark.processes
 def test_from_a_pipe_only_answers_are_written_to_stdout(scripted: Path) -> None:
     command = [sys.executable, "-m", "rlhf.chat", str(scripted), "--greedy"]
     done = subprocess.run(
@@ -280,6 +281,7 @@ class Terminal:
         os.close(self.master)
 
 
+@pytest.mark.processes
 def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(endless: Path) -> None:
     terminal = Terminal(endless, "--max-new-tokens", "100000")
     try:
@@ -297,6 +299,7 @@ def test_ctrl_c_stops_the_answer_and_ctrl_d_ends(endless: Path) -> None:
         terminal.end()
 
 
+@pytest.mark.processes
 def test_a_reader_that_goes_away_is_not_an_error(endless: Path) -> None:
     command = [sys.executable, "-m", "rlhf.chat", str(endless), "--greedy", "--max-new-tokens", "100000"]
     process = subprocess.Popen(

@@ -16,6 +16,7 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory, check_tokenizer_files
+from rlhf.interpreter import PROJECT
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 60, 300, 16 * 2**30
 _OURS = (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
@@ -109,6 +110,8 @@ def check_tokenizer(directory: Path, *, marker: Path) -> None:
     if marker.is_file():
         return
     command = [sys.executable, "-m", "rlhf.models.trial", str(directory)]
+    # The package may be found from launch.py's directory only.
+    path = os.pathsep.join(filter(None, (PROJECT, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
             command,
@@ -117,7 +120,7 @@ def check_tokenizer(directory: Path, *, marker: Path) -> None:
             errors="replace",
             timeout=WALL_SECONDS,
             check=False,
-            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
             preexec_fn=_limit,
         )
         step, code = done.stdout.strip().rpartition("\n")[2], done.returncode

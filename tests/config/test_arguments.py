@@ -252,6 +252,7 @@ def test_words_are_completed(line: str, expected: list[str]) -> None:
     assert found == expected
 
 
+@pytest.mark.processes
 def test_completion_in_bash_serves_the_commands_of_the_readme() -> None:
     """One start of launch.py for the script; what it asks launch.py for then is tested above."""
     python = Path(sys.executable)
@@ -265,6 +266,7 @@ def test_completion_in_bash_serves_the_commands_of_the_readme() -> None:
     assert (rule.endswith("-F _rlhf_completion python"), answer) == (True, "[plan]"), done.stderr
 
 
+@pytest.mark.processes
 def test_an_interpreter_without_packages_is_named_with_the_one_to_use(tmp_path: Path) -> None:
     """-S leaves out what is installed, as the system's own python3 has nothing."""
     bare = [sys.executable, "-S", "-E"]
@@ -275,6 +277,7 @@ def test_an_interpreter_without_packages_is_named_with_the_one_to_use(tmp_path: 
         assert len(done.stderr.splitlines()) == 1
 
 
+@pytest.mark.processes
 def test_the_last_line_of_a_run_works_as_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = tmp_path / "a run"
     (run / "model").mkdir(parents=True)
@@ -301,6 +304,7 @@ def test_a_user_without_a_home_is_told_what_to_give(tmp_path: Path, monkeypatch:
     assert (os.environ["HOME"], os.environ["RLHF_CACHE"]) == (str(tmp_path), str(tmp_path))
 
 
+@pytest.mark.processes
 def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "launch.py"), PLAN, "stage=sft", f"run_dir={tmp_path}/caf\u00e9"],

@@ -7,7 +7,9 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from test_compose import LAPTOP, composed
 
 from rlhf.chat import parse_arguments
@@ -60,9 +62,10 @@ def test_a_command_is_planned(arguments: list[str], tmp_path: Path, monkeypatch:
         directory = tmp_path / "RUN" / name / "model"
         directory.mkdir(parents=True)
         (directory / "config.json").write_text(
-            f'{{"model_type": "opt", "architectures": ["{architecture}"], "id2label": {{"0": "score"}}}}'
+            f'{{"model_type": "opt", "architectures": ["{architecture}"], "id2label": {{"0": "score"}}, '
+            '"score_mean": 0.0, "score_std": 1.0, "score_weights": "not looked at for a plan"}'
         )
-        (directory / "model.safetensors").touch()
+        save_file({"score.weight": np.zeros((1, 1), np.float32)}, directory / "model.safetensors")
     assert arguments[-1] == "mode=plan"
     config = planned(*arguments)
     assert config.hardware.gpus_per_node == 8

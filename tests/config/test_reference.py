@@ -91,6 +91,7 @@ def test_the_comment_is_all_lines_at_the_top(tmp_path: Path) -> None:
     assert comment(path) == ""
 
 
+@pytest.mark.processes
 def test_writing_it_imports_no_heavy_library() -> None:
     script = (
         "import sys, rlhf.stages.reference as r; r.main([]);"

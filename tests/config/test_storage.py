@@ -43,7 +43,8 @@ def test_what_a_rank_says_names_what_exists(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").touch()
     assert told(error, tmp_path) == f"{again}; the trained model is in {tmp_path / 'model'}"
-    assert told(ValueError("pumpkin"), tmp_path) == "pumpkin"
+    assert told(ValueError("pumpkin"), tmp_path) == f"pumpkin; the trained model is in {tmp_path / 'model'}"
+    assert told(ValueError("pumpkin"), tmp_path / "other") == "pumpkin"
 
 
 def test_a_directory_is_tried_out(tmp_path: Path) -> None:

@@ -99,6 +99,7 @@ with open(sys.argv[1], "w") as file:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("ending", ["terminal", "pipe", "closed", "full"])
 def test_a_process_outlives_its_output(tmp_path: Path, ending: str) -> None:
     report, program = tmp_path / "report", [sys.executable, "-S", "-c", PROGRAM, str(tmp_path / "report")]

@@ -59,6 +59,7 @@ def columns(data: PreparedData) -> dict[str, dict[str, list[Any]]]:
     }
 
 
+@pytest.mark.processes
 def test_other_processes_build_the_same(tokenizer_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = {
         "a": SourceConfig(path=pairs(tmp_path / "a.jsonl", range(300)), weight=2.0),

@@ -110,7 +110,7 @@ def test_a_row_of_an_array_that_is_only_odd_does_not_end_the_file(tmp_path: Path
     [
         ("a.jsonl", LINE.encode("utf-16"), "is UTF-16: save it as UTF-8"),
         ("b.csv", "prompt,completion\na,b".encode("utf-16-le"), "is no text, or is UTF-16 or UTF-32"),
-        ("c.json", gzip.compress(LINE.encode()), "is gzipped: add .gz to its name"),
+        ("c.json", gzip.compress(LINE.encode(), mtime=0), "is gzipped: add .gz to its name"),
         ("d.csv", b"PK\x03\x04...", "is a zip archive or a spreadsheet"),
         ("e.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "is a pointer of Git LFS"),
         ("f.csv", "prémpt,completion\na,b".encode("latin-1"), "its header is not valid UTF-8"),

@@ -228,6 +228,7 @@ print("torch" in sys.modules)
 """
 
 
+@pytest.mark.processes
 def test_processes_that_ask_at_once_share_one_build_without_torch(
     many: Path, tokenizer_dir: Path, tmp_path: Path
 ) -> None:
@@ -243,6 +244,7 @@ def config(stage: Any, data: DataConfig, cache_dir: Path, **changes: Any) -> Con
     return Config(stage=stage, model=MODEL, reward_model=MODEL, data=data, cache_dir=str(cache_dir), **changes)
 
 
+@pytest.mark.processes
 def test_preflight_gives_ranks_the_same_paths(many: Path, tmp_path: Path) -> None:
     data = mix(many, split=SplitConfig(held_out=0.2))
     stage = PipelineConfig(sft=SFTConfig(batch_size=8), rm=RMConfig(batch_size=8), ppo=PPOConfig(rollout_batch_size=8))

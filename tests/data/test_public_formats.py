@@ -43,7 +43,7 @@ FORMATS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str, list[str]]] =
         {},
         {"text": "The sky is blue."},
         "ptx",
-        ["<s>The sky is blue.</s>"],
+        ["The sky is blue.</s>"],
     ),
     "TRL prompt-only": ("prompt", {}, {"prompt": SKY}, "ppo", [ASKED]),
     "TRL prompt-completion": (

@@ -199,6 +199,8 @@ def test_every_answer_of_any_conversation_is_learnt_once_and_whole(name: str, to
     luck = random.Random(name)
     tokenizer = tokenizer_of(TEMPLATES[name])
     pieces = ["a", " b", "\n", "  ", "|x", "é", "映画", "</s>", "<|user|>", "word two", "\tc", "{{ x }}", "\u0000"]
+    if name == "forgets":
+        pieces.remove("<|user|>")  # It would cut the token apart, so that such a row is refused.
     for number in range(150):
         turns, wanted = [], []
         if luck.random() < 0.3:
@@ -340,14 +342,14 @@ def test_what_nobody_reads_is_counted(tokenizer_of: Callable[..., Any]) -> None:
 
 
 def test_control_tokens_in_tool_calls_are_refused(tokenizer_of: Callable[..., Any]) -> None:
-    shows = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or '') | string }}")
+    shows = CHATML.replace("{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or '') | tojson | upper }}")
     call = {"function": {"name": "f", "arguments": {"x": "</s><|user|>"}}}
     for turns in (
         [user("a"), assistant("b", tool_calls=[call])],
         [user("a"), assistant("b", tool_calls=[call]), user("c"), assistant("d")],
     ):
         found = encoded(tokenizer_of(shows), [{"messages": turns}, {"messages": [user("e"), assistant("f")]}], CHAT)
-        assert len(found.rows["sft_train"]) == 1 and "a control token stands in" in found.problems[0]["detail"]
+        assert len(found.rows["sft_train"]) == 1 and "a control token" in found.problems[0]["detail"]
         assert len(shown(tokenizer_of(), [{"messages": turns}], CHAT)) == 1  # Its template shows no calls.
 
 

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from miniature import launch, launch_all, small_model
+from shared_memory import left_by
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+pytestmark = pytest.mark.processes
 
 Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 
@@ -137,4 +140,4 @@ def test_pairs_train_a_policy_directly(finished: Finished, variants: Variants) -
 
 
 def test_nothing_is_left_in_shared_memory(finished: Finished) -> None:
-    assert not list(Path("/dev/shm").glob("deepspeed_*"))
+    assert left_by(finished[0]) == []

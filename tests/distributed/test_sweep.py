@@ -10,6 +10,8 @@ import pytest
 import yaml
 from miniature import launch, small_model
 
+pytestmark = pytest.mark.processes
+
 Finished = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 Swept = tuple[Path, list[str], subprocess.CompletedProcess[str]]
 

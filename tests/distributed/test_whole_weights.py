@@ -11,8 +11,8 @@ from unittest.mock import patch
 import deepspeed
 import pytest
 import torch
-from answering import GREEDY, answers, are_alike, are_partitioned, generator_of, plain_engine, tokens, weights
 from engines import SINGLE, prompts_for, zero
+from generators import GREEDY, answers, are_alike, are_partitioned, generator_of, plain_engine, tokens, weights
 from torch import Tensor
 
 from rlhf.engine import build, generation, shared

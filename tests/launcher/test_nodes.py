@@ -26,6 +26,8 @@ from rlhf.launcher.hosts import launcher_problems, parse_hostfile
 from rlhf.launcher.watchdog import start_time
 from rlhf.stages.sft.config import SFTConfig
 
+pytestmark = pytest.mark.processes
+
 SECRETS = {
     "WANDB_API_KEY": "0a1b2c3d4e5f60718293",
     "HF_TOKEN": "hf_nobodymayreadthis",

@@ -12,12 +12,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from shared_memory import left_by
 
 from rlhf.__main__ import record_error
 from rlhf.config.errors import ConfigError
 from rlhf.launcher.command import PROJECT
 from rlhf.launcher.processes import remove_shared_memory
 from rlhf.launcher.watchdog import start_time
+
+pytestmark = pytest.mark.processes
 
 DRIVE = Path(__file__).with_name("drive.py")
 
@@ -56,12 +59,10 @@ def rank_pids(run_dir: Path) -> list[tuple[int, int]]:
 
 
 @pytest.fixture
-def shared_memory() -> Iterator[None]:
-    """Fail if anything new is left in shared memory."""
-    before = {path.name for path in Path("/dev/shm").iterdir()}
+def shared_memory(tmp_path: Path) -> Iterator[None]:
+    """Fail if the run leaves anything in shared memory."""
     yield
-    after = {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("deepspeed_", "torch_"))}
-    assert after <= before
+    assert left_by(tmp_path) == []
 
 
 @pytest.mark.parametrize(

@@ -165,6 +165,7 @@ def test_code_of_a_model_is_noticed_and_never_run(good: Path, tmp_path: Path) ->
         has_scalar_head(unknown)
 
 
+@pytest.mark.processes
 def test_a_template_that_never_ends_is_stopped_and_a_good_one_is_tried_once(
     good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

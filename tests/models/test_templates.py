@@ -184,6 +184,7 @@ def test_a_padding_token_never_ends_an_answer() -> None:
     assert tokenizer.pad_token == "<|pad|>"
 
 
+@pytest.mark.processes
 def test_a_template_that_is_given_wins_as_text_and_as_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer_of("gemma").save_pretrained(tmp_path / "model")
     (tmp_path / "chat.jinja").write_text(CHATML + "\n", encoding="utf-8")

@@ -37,7 +37,7 @@ from rlhf.rollout.native.compiled import CompiledBlocks, reason_against
 from rlhf.rollout.native.forward import Decoder
 from rlhf.rollout.native.library import NotCompiledError, load_library
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+pytestmark = [pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++"), pytest.mark.processes]
 NARROWER = {"avx512": (), "avx2": ("-mno-avx512f",), "sse": ("-mno-avx",)}
 
 

@@ -32,6 +32,8 @@ from rlhf.stages.preflight import prepare
 from rlhf.stages.rm.train import run as train_rm
 from rlhf.stages.sft.train import run as train_sft
 
+pytestmark = pytest.mark.processes
+
 MACHINE = Machine(cores=1, gpus=(), cpu_bf16=False, host_memory_gib=8.0)
 FAST = ("hardware.gpus_per_node=1", "memory.precision=fp32", "rollout=hf")
 

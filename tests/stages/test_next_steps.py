@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM
 from rlhf.stages.preflight import prepare
 from rlhf.stages.sft.train import run as train_sft
 
+pytestmark = pytest.mark.processes
+
 PAGE = (ROOT / "docs" / "next_steps.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", PAGE, flags=re.MULTILINE | re.DOTALL)
 HERE = [snippet for snippet in SNIPPETS if "from trl" not in snippet]

@@ -119,6 +119,7 @@ def test_a_phase_ends_on_an_exception(tmp_path: Path) -> None:
     assert recorder.phases["generation"] == before["generation"]
 
 
+@pytest.mark.processes
 def test_summary_tells_what_was_run(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, stage="sft", is_main=True, total_steps=1)
     with recorder.phase("update"):
@@ -167,6 +168,7 @@ def test_durations_read_well(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
 
 
+@pytest.mark.processes
 def test_records_wait_for_room_and_none_is_lost(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path, stage="sft", is_main=True, total_steps=4)
     recorder.metrics(1, {"train/loss": 1.0})

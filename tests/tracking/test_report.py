@@ -217,6 +217,7 @@ def test_two_pairs_of_one_prompt_are_both_shown(tmp_path: Path) -> None:
     assert "first pair" in text and "second pair" in text
 
 
+@pytest.mark.processes
 def test_a_report_needs_no_torch() -> None:
     code = "import sys, rlhf.tracking.report; print([name in sys.modules for name in ('torch', 'matplotlib')])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)

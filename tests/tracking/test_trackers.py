@@ -32,6 +32,7 @@ def progress(run_dir: Path) -> list[str]:
     return [row["text"] for row in read_rows(run_dir / "progress.jsonl")]
 
 
+@pytest.mark.processes
 def test_offline_writes_a_run_with_metrics_and_samples(tmp_path: Path) -> None:
     run_dir = tmp_path / "pipeline" / "ppo"
     tracking = TrackingConfig(wandb=True, project="film-reviews", offline=True)

@@ -13,6 +13,8 @@ from rlhf.launcher.command import LaunchCommand
 from rlhf.launcher.pipeline import StageRun, run_stages
 from rlhf.stages.sft.config import SFTConfig
 
+pytestmark = pytest.mark.processes
+
 RANK = """
 import pathlib, sys
 folder = pathlib.Path(sys.argv[1])

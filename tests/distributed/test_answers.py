@@ -9,8 +9,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from answering import BY_HF, DRAWN, GREEDY, answers, are_alike, generator_of, plain_engine, tokens, weights
 from engines import SINGLE, STAGES, prompts_for, zero
+from generators import BY_HF, DRAWN, GREEDY, answers, are_alike, generator_of, plain_engine, tokens, weights
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
