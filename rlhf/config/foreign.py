@@ -14,17 +14,18 @@ class Equivalent:
     `here` are arguments of launch.py, in which `{value}` is the flag's value, `{0}`, `{1}`, … are its parts between
     commas, and `{stage}` is where the options of the script's stage stand: "stage", or "stage.sft" in a pipeline.
     Empty: there is no option, and `note` says why. `example` is a value to show it with. `values` are the arguments for
-    single values where they are others. A note, too, may name `{stage}`.
+    single values where they are others. A note, too, may name `{stage}`. `prefix` may stand before a value.
     """
 
     here: str = ""
     note: str = ""
     example: str = ""
     values: Mapping[str, str] = field(default_factory=dict)
+    prefix: str = ""
 
     def arguments(self, stage: str, value: str | None = None) -> str:
         """The arguments for a value (None: the example's), with options at `stage`; "" where there is no option."""
-        given = self.example if value is None else value
+        given = (self.example if value is None else value).removeprefix(self.prefix)
         try:
             return self.values.get(given, self.here).format(*given.split(","), stage=stage, value=given)
         except IndexError:  # Too few parts.
@@ -119,8 +120,8 @@ def _training(stage: str, model: str) -> dict[str, Equivalent]:
 _PRINTED = _none("the terminal shows the loss, and metrics.jsonl has that of every step")
 _FRONTEND: dict[str, Equivalent] = {
     "--step": _option("stage=pipeline", **{"1": "stage=sft", "2": "stage=rm", "3": "stage=ppo"}),
-    "--actor-model": _option("model=opt{value}", "1.3b"),
-    "--reward-model": _option("model@reward_model=opt{value}", "350m"),
+    "--actor-model": Equivalent(here="model=opt{value}", example="1.3b", prefix="facebook/opt-"),
+    "--reward-model": Equivalent(here="model@reward_model=opt{value}", example="350m", prefix="facebook/opt-"),
     "--actor-zero-stage": _option("memory.zero_stage={value}", "2"),
     "--reward-zero-stage": _option("memory.critic.zero_stage={value}", "0", "of PPO; other stages: memory.zero_stage"),
     "--output-dir": _option("run_dir={value}", "output"),

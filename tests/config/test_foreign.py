@@ -81,4 +81,6 @@ def test_a_value_is_carried_over() -> None:
     assert split.arguments("stage", "6") == split.arguments("stage")  # What cannot be read is shown with an example.
     step = DEEPSPEED_CHAT["train.py"]["--step"]
     assert (step.arguments("stage", "2"), step.arguments("stage", "1 2 3")) == ("stage=rm", "stage=pipeline")
+    for name in ("13b", "facebook/opt-13b"):
+        assert DEEPSPEED_CHAT["train.py"]["--actor-model"].arguments("stage", name) == "model=opt13b"
     assert Equivalent(note="there is none").arguments("stage", "1") == ""
