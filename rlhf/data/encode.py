@@ -14,7 +14,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.schema import DataConfig, LossOn
 from rlhf.data.conversation import Conversation, Message
 from rlhf.data.split import STAGES, Part, canonical, part_of, uniform
-from rlhf.models.targets import answer_spans, encode_answer
+from rlhf.models.targets import answer_spans, encode_answer, shows_fields
 from rlhf.models.tokenizer import encode_prompts, encode_responses, encode_texts
 from rlhf.models.turns import render, unread_keys
 
@@ -38,6 +38,7 @@ _UNSUITABLE = ("sft: no answer", "rm: no rejected answer")
 _NO_TARGET = "sft: no answer that is to be learnt (weight 0)"
 REWRITTEN = "conversations that the chat template rewrites as they go on: each answer is a row of its own"
 OPENING = "conversations that the assistant opens: its first turn answers nothing and is not learnt"
+SPACED_CALL = "answers with calls and white space around their text, which the chat template takes away"
 SPACED = "answers with white space around them, which the chat template takes away: they are learnt as they are"
 
 
@@ -130,21 +131,37 @@ class Encoder:
     def _add_turns(self, found: Encoded, items: Sequence[tuple[Part, Conversation]]) -> None:
         prompts = self._prompts(list({conversation.messages: None for _, conversation in items}))
         plain = [c.answer(side) for _, c in items for side in ("chosen", "rejected")]
-        texts = list({answer.content: None for answer in plain if answer is not None and not answer.fields})
+        texts = list({answer.content: None for answer in plain if answer is not None})
         answers = dict(zip(texts, encode_responses(self.tokenizer, texts), strict=True))
         for part, conversation in items:
-            prompt_ids = prompts[conversation.messages]
             try:
-                ids = self._ids(found, conversation, prompt_ids, answers)
+                unread = self._unread(conversation)
+                conversation = self._as_shown(conversation)
+                ids = self._ids(found, conversation, prompts[conversation.messages], answers)
             except ConfigError as error:
                 found.dropped[conversation.source, BAD_ROW] += 1
                 found.note(BAD_ROW, conversation, part, str(error))
                 continue
-            if len(ids["prompt"]) > self.data.max_prompt_length:
-                found.dropped[conversation.source, "prompt too long"] += 1
-                found.note("prompt too long", conversation, part, f"{len(ids['prompt'])} tokens")
-                continue
-            self._add_row(found, part, conversation, ids)
+            found.unread.update((conversation.source, key if key == "tools" else f"messages[].{key}") for key in unread)
+            if self._fits(found, part, conversation, ids["prompt"]):
+                self._add_row(found, part, conversation, ids)
+
+    def _fits(self, found: Encoded, part: Part, conversation: Conversation, prompt: list[int]) -> bool:
+        """Whether a prompt is short enough; counted and listed if it is not."""
+        if len(prompt) <= self.data.max_prompt_length:
+            return True
+        found.dropped[conversation.source, "prompt too long"] += 1
+        found.note("prompt too long", conversation, part, f"{len(prompt)} tokens")
+        return False
+
+    def _as_shown(self, conversation: Conversation) -> Conversation:
+        """Answers without keys of which the template shows nothing: they must not change what is learnt."""
+        hidden: dict[str, Any] = {}
+        for side in ("chosen", "rejected"):
+            answer = conversation.answer(side)
+            if answer is not None and not shows_fields(self.tokenizer, conversation.messages, answer):
+                hidden[f"{side}_fields"] = ""
+        return replace(conversation, **hidden) if hidden else conversation
 
     def _ids(
         self,
@@ -157,19 +174,17 @@ class Encoder:
         if isinstance(prompt, str):
             raise ConfigError(prompt)
         ids = {"prompt": prompt}
-        unread = self._unread(conversation)
         for side in ("chosen", "rejected"):
             answer = conversation.answer(side)
             if answer is None:
                 continue
-            if not answer.fields:
-                ids[side] = answers[answer.content]
-                edged = answer.content != answer.content.strip()
-                if side == "chosen" and edged and self._strips:
-                    found.notes[conversation.source, SPACED] += 1
-            else:
+            if answer.fields:
                 ids[side] = encode_answer(self.tokenizer, conversation.messages, answer)
-        found.unread.update((conversation.source, key if key == "tools" else f"messages[].{key}") for key in unread)
+            else:
+                ids[side] = answers[answer.content]
+            edged = answer.content != answer.content.strip()
+            if side == "chosen" and edged and self._strips:
+                found.notes[conversation.source, SPACED_CALL if answer.fields else SPACED] += 1
         return ids
 
     def _unread(self, conversation: Conversation) -> list[str]:
@@ -309,7 +324,8 @@ class Encoder:
                 found.dropped[conversation.source, BAD_ROW] += 1
                 found.note(BAD_ROW, own, part, str(error))
                 continue
-            self._append(found, part, own, self._row(found, part, own, ids))
+            if self._fits(found, part, own, prompt):
+                self._append(found, part, own, self._row(found, part, own, ids))
 
     def _add_rm(self, found: Encoded, part: Part, conversation: Conversation, row: Row) -> str | None:
         if row["rejected_ids"] is None:

@@ -18,7 +18,10 @@ _NAMES = {
 _CALL = "function_call"  # ShareGPT's role of a call: its value is the call as JSON.
 _TEXT_PARTS = (None, "text", "input_text", "output_text")
 _LIKE_MAPPINGS = re.compile(r"""\s*\[?\s*\{\s*(['"])\w+\1\s*:""")
-_LIKE_MESSAGE = re.compile(r"""\s*\[\s*\{[^{}]{0,200}?(['"])(?:role|from)\1\s*:""")
+_LIKE_MESSAGE = re.compile(
+    r"""\s*\[\s*\{(?:\s*(['"])(?:role|from|content|value)\1\s*:|[^{}]{0,200}?(['"])(?:role|from)\2\s*:)"""
+)
+_TWICE = re.compile(r'\s*"\s*[\[{]')
 # Python text costs a hundred times its length to parse.
 _LONGEST_PYTHON = 4 * 1024**2
 
@@ -54,6 +57,7 @@ def message_list(value: Any, what: str) -> list[Any] | None:
     A single message is a list of one. Raises BadRow for a text that begins as messages do and cannot be read.
     """
     if isinstance(value, str):
+        value = _decoded_once(value)
         if not _LIKE_MAPPINGS.match(value):
             return None
         try:
@@ -64,12 +68,26 @@ def message_list(value: Any, what: str) -> list[Any] | None:
             return None
         # What is written out as text may be an answer that happens to be JSON.
         if isinstance(value, Mapping) and _role(value) not in ROLES:
+            inner = value.get("messages") or value.get("conversations")
+            if isinstance(inner, list) and any(_is_message(entry) for entry in inner):
+                raise BadRow(f"{what} is a whole row written out as text: give its list of messages")
             return None
         if isinstance(value, list) and not any(_is_message(entry) for entry in value):
             return None
     if isinstance(value, list):
         return value
     return [value] if _is_message(value) else None
+
+
+def _decoded_once(text: str) -> str:
+    """What a text that was written as JSON twice was before the second time; every other text as it is."""
+    if not _TWICE.match(text):
+        return text
+    try:
+        inner = json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    return inner if isinstance(inner, str) else text
 
 
 def parsed(text: str) -> Any:

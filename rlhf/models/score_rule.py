@@ -12,17 +12,20 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_files import kind_of, read_object, stored_tensors
 from rlhf.config.writing import write_json, write_text
-from rlhf.models.tokenizer import encode_response
+from rlhf.models.tokenizer import encode_prompt, encode_response
+from rlhf.models.turns import render
 
 MEAN, STD, DIGEST, TAIL, POSITION = "score_mean", "score_std", "score_weights", "score_tail", "score_position"
 RULE = "the last token of the conversation as the chat template renders it, score_tail included"
 _REMEDY = "set scorer.normalize=running, or off"
 _ANSWER = "An answer."
+_TURNS = ({"role": "user", "content": "A question?"}, {"role": "assistant", "content": _ANSWER})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -45,23 +48,30 @@ def score_tail(tokenizer: Any) -> tuple[int, ...]:
     Empty where it writes none, or where it does not end an answer with the EOS that training appends: there the usual
     way reads another token than training, and `rlhf.score` has to be used.
     """
-    end = tokenizer.convert_ids_to_tokens(end_id(tokenizer))
-    _, found, tail = _rendered(tokenizer).rpartition(f"{_ANSWER}{end}")
-    return tuple(tokenizer(tail, add_special_tokens=False)["input_ids"]) if found and tail else ()
+    written = _rendered(tokenizer)
+    before, end, _ = written.rpartition(str(tokenizer.convert_ids_to_tokens(end_id(tokenizer))))
+    if not end or not before.endswith(_ANSWER):
+        return ()
+    # Within the whole: by itself the tail may have other tokens, where a tokenizer strips or marks beginnings.
+    ids, head = _ids(tokenizer, written), _ids(tokenizer, before + end)
+    return tuple(ids[len(head) :]) if ids[: len(head)] == head else ()
 
 
 def usual_way_agrees(tokenizer: Any) -> bool:
-    """Whether the last token of a rendered conversation is the one that carries the score."""
-    rendered = tokenizer(_rendered(tokenizer), add_special_tokens=False)["input_ids"]
-    ours = [end_id(tokenizer), *score_tail(tokenizer)]
-    return bool(rendered[-len(ours) :] == ours)
+    """Whether a rendered conversation has the tokens that training gives it, so that its last one carries the score."""
+    prompt = encode_prompt(tokenizer, [SimpleNamespace(**_TURNS[0])])
+    ours = [*prompt, *encode_response(tokenizer, _ANSWER), *score_tail(tokenizer)]
+    return _ids(tokenizer, _rendered(tokenizer)) == ours
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _rendered(tokenizer: Any) -> str:
-    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": _ANSWER}]
     try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-    except Exception:  # A template is a program of somebody else's; what it cannot do is told where it is needed.
+        return render(tokenizer, ([*_TURNS], None), to_answer=False)
+    except ConfigError:  # What a template cannot do is told where it is needed.
         return ""
 
 

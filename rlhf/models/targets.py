@@ -5,6 +5,7 @@ Imports no torch.
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
@@ -18,12 +19,21 @@ Span = tuple[int, int]
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
+def shows_fields(tokenizer: Any, messages: Sequence[Any], answer: Any) -> bool:
+    """Whether the template shows anything of what an answer has beside its text; raises ConfigError where it fails."""
+    if not answer.fields:
+        return False
+    bare = replace(answer, fields="")
+    with_fields, without = (render(tokenizer, as_turns([*messages, one]), to_answer=False) for one in (answer, bare))
+    return with_fields != without
+
+
 def encode_answer(tokenizer: Any, messages: Sequence[Any], answer: Any) -> list[int]:
     """Token ids of an answer through its end: its text, or what the template makes of one with tool calls and the like.
 
     Raises ConfigError where the template does not put such an answer behind its prompt.
     """
-    if not answer.fields:
+    if not shows_fields(tokenizer, messages, answer):
         return encode_response(tokenizer, answer.content)
     shown = answer.content + named_fields(tokenizer, as_turns([answer]))
     if any(token in shown for token in special_tokens(tokenizer)):

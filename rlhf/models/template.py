@@ -110,7 +110,7 @@ def encoded(tokenizer: Any, conversations: Sequence[Turns], *, to_answer: bool) 
     special = special_tokens(tokenizer)
     control, holds_one = any_of(special), finder(special)
     for index, turns in enumerate(conversations):
-        found = next(filter(holds_one, _strings(list(turns))), None)
+        found = next(filter(holds_one, _written(turns)), None)
         if found is not None:
             hidden, show = _hidden(turns, special, control)
             masked = render(tokenizer, hidden, to_answer=to_answer)
@@ -124,28 +124,36 @@ def encoded(tokenizer: Any, conversations: Sequence[Turns], *, to_answer: bool) 
     return ids
 
 
+def _written(turns: Turns) -> Iterator[str]:
+    """The texts of a conversation, keys of tools and calls among them; roles are the template's."""
+    messages, tools = turns
+    for message in messages:
+        for key, value in message.items():
+            if key != "role":
+                yield from _strings(value)
+    yield from _strings(tools)
+
+
 def _strings(value: Any) -> Iterator[str]:
-    """The texts of a message, whatever it is made of; its role is the template's."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
-        yield from (text for key, entry in value.items() if key != "role" for text in _strings(entry))
+        yield from (text for key, entry in value.items() for text in (key, *_strings(entry)))
     elif isinstance(value, list):
         yield from (text for entry in value for text in _strings(entry))
 
 
 def _replaced(value: Any, change: Callable[[str], str]) -> Any:
-    """The same message with other texts."""
     if isinstance(value, str):
         return change(value)
     if isinstance(value, dict):
-        return {key: entry if key == "role" else _replaced(entry, change) for key, entry in value.items()}
+        return {change(key): _replaced(entry, change) for key, entry in value.items()}
     return [_replaced(entry, change) for entry in value] if isinstance(value, list) else value
 
 
 def _hidden(turns: Turns, special: list[str], control: re.Pattern[str]) -> tuple[Turns, Callable[[str], str]]:
     """The turns with numbers between marks for the control tokens in their texts, and what puts these back."""
-    written = "".join(_strings(list(turns)))
+    written = "".join(_written(turns))
     mark = next(sign for sign in map(chr, range(0xE000, 0xF900)) if sign not in written)
 
     def hide(text: str) -> str:
@@ -154,8 +162,12 @@ def _hidden(turns: Turns, special: list[str], control: re.Pattern[str]) -> tuple
     def show(text: str) -> str:
         return re.sub(f"{mark}([0-9]+){mark}", lambda number: special[int(number.group(1))], text)
 
-    messages, tools = (_replaced(part, hide) for part in turns)
-    return (messages, tools), show
+    messages, tools = turns
+    hidden = [
+        {key: value if key == "role" else _replaced(value, hide) for key, value in message.items()}
+        for message in messages
+    ]
+    return (hidden, _replaced(tools, hide)), show
 
 
 def _encode_masked(tokenizer: Any, masked: str, control: re.Pattern[str], show: Callable[[str], str]) -> list[int]:

@@ -8,16 +8,17 @@ import torch
 
 from rlhf.config.errors import ConfigError
 from rlhf.data.collate import pad
-from rlhf.data.conversation import Message
+from rlhf.data.messages import BadRow, message
 from rlhf.models.load import ScalarModel, has_scalar_head, load_scalar_model
 from rlhf.models.score_rule import read_score_rule
-from rlhf.models.tokenizer import encode_prompts, encode_responses, load_tokenizer
+from rlhf.models.targets import encode_answer
+from rlhf.models.tokenizer import encode_prompt, load_tokenizer
 from rlhf.rollout.forward import sequence_scores
 
 
 def score(
     directory: str | Path,
-    conversations: Sequence[Sequence[Mapping[str, str]]],
+    conversations: Sequence[Sequence[Mapping[str, Any]]],
     *,
     normalize: bool = True,
     batch_size: int = 8,
@@ -62,15 +63,17 @@ def score(
 
 
 def _encoded(conversations: Sequence[Any], tokenizer: Any, *, tail: Sequence[int]) -> list[list[int]]:
-    prompts, answers = [], []
+    found = []
     for number, messages in enumerate(conversations, start=1):
-        turns = [Message(role=str(message["role"]), content=str(message["content"])) for message in messages]
+        try:
+            turns = [message(one, f"message {place}") for place, one in enumerate(messages, start=1)]
+        except BadRow as bad:
+            raise ConfigError(f"conversation {number}: {bad}") from None
         if len(turns) < 2 or turns[-1].role != "assistant":
             raise ConfigError(f"conversation {number} does not end with an answer: its last message is the assistant's")
-        prompts.append(turns[:-1])
-        answers.append(turns[-1].content)
-    encoded = zip(encode_prompts(tokenizer, prompts), encode_responses(tokenizer, answers), strict=True)
-    return [[*prompt, *answer, *tail] for prompt, answer in encoded]
+        *prompt, answer = turns
+        found.append([*encode_prompt(tokenizer, prompt), *encode_answer(tokenizer, prompt, answer), *tail])
+    return found
 
 
 def _check_lengths(sequences: Sequence[Sequence[int]], model: ScalarModel) -> None:

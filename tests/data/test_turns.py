@@ -10,7 +10,9 @@ from shown import encoded, refusal, shown
 
 from rlhf.config.schema import LossOn, SourceConfig
 from rlhf.data.collate import collate_sft
+from rlhf.data.conversation import Refused
 from rlhf.data.encode import OPENING, REWRITTEN, SPACED
+from rlhf.data.formats import conversations
 from rlhf.models.tokenizer import DEFAULT_TEMPLATE, SCRATCH_TEMPLATE
 from rlhf.rollout.prompts import prompt_batch
 
@@ -359,3 +361,84 @@ def test_a_scripts_prompts_may_be_in_every_spelling(tokenizer_of: Callable[..., 
     assert batch.prompt_ids[0].tolist() == batch.prompt_ids[1].tolist()
     with pytest.raises(ValueError, match="has the role 'robot'"):
         prompt_batch(tokenizer, [[{"role": "robot", "content": "hi"}]])
+
+
+def test_a_key_that_the_template_does_not_show_changes_nothing_that_is_learnt(tokenizer_of: Callable[..., Any]) -> None:
+    code = "    y = x + 1\n    say </s>\n"
+    for template in (SCRATCH_TEMPLATE, CHATML, TRIMS):
+        tokenizer = tokenizer_of(template)
+        plain, named = (
+            shown(tokenizer, [{"messages": [user("a"), one]}], CHAT)
+            for one in (assistant(code), assistant(code, name="bot", id="7"))
+        )
+        assert named == plain and named[0].endswith(f"«{code}</s>»")
+        pair = {"prompt": "p", "chosen": [assistant("  a", id="7")], "rejected": [assistant("a", id="8")]}
+        assert [text.partition("«")[2] for text in shown(tokenizer, [pair], PAIR, stage="rm")] == ["  a</s>»", "a</s>»"]
+    found = encoded(tokenizer_of(), [{"messages": [user("a"), assistant("b", name="bot")]}], CHAT)
+    assert found.unread == {("main", "messages[].name"): 1}
+
+
+def test_a_control_token_in_a_key_is_plain_text(tokenizer_of: Callable[..., Any]) -> None:
+    shows = "{{ tools | tojson }}" + CHATML.replace(
+        "{{ m.content }}", "{{ m.content }}{{ (m.tool_calls or []) | tojson }}"
+    )
+    tokenizer = tokenizer_of(shows)
+    tools = [
+        {
+            "type": "function",
+            "function": {"name": "f", "parameters": {"properties": {"</s><|user|>": {"role": "</s>"}}}},
+        }
+    ]
+    call = {"function": {"name": "f", "arguments": {"</s>": "v"}}}
+    row = {"messages": [user("a"), assistant("b", tool_calls=[call]), user("c"), assistant("d")], "tools": tools}
+    found = encoded(tokenizer, [row], CHAT, loss_on=LossOn.last)
+    (made,) = found.rows["sft_train"]
+    # The template's own: an end behind each of four turns, and what opens these and the answer.
+    ids = [*made["prompt_ids"], *made["chosen_ids"]]
+    assert ids.count(tokenizer.eos_token_id) == 4
+    assert ids.count(tokenizer.convert_tokens_to_ids("<|user|>")) == 4
+    assert tokenizer.decode(made["prompt_ids"]).count("</s>") == 3 + 3
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[{'content': '" + "x" * 300 + "', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}]",
+        "[{'content': 'use {x} here', 'role': 'user'}\n {'content': 'a', 'role': 'assistant'}]",
+        json.dumps({"messages": FOUR}),
+    ],
+)
+def test_messages_that_are_written_out_as_text_are_never_learnt(text: str) -> None:
+    assert "written out as text" in refusal({"prompt": "p", "completion": text}, ANSWER)
+
+
+def test_messages_that_were_written_as_json_twice_are_read(tokenizer_of: Callable[..., Any]) -> None:
+    row = {"prompt": "p", "completion": json.dumps(json.dumps([assistant("a")]))}
+    assert shown(tokenizer_of(), [row], ANSWER) == ["<s><|user|>p<|assistant|>«a</s>»"]
+    quoted = {"prompt": "p", "completion": '"[1, 2]"'}
+    assert shown(tokenizer_of(), [quoted], ANSWER) == ['<s><|user|>p<|assistant|>«"[1, 2]"</s>»']
+
+
+def test_prompts_that_contradict_each_other_in_their_calls_are_refused(tokenizer_of: Callable[..., Any]) -> None:
+    def called(value: int) -> list[dict[str, Any]]:
+        call = {"function": {"name": "f", "arguments": {"x": value}}}
+        return [user("a"), assistant("b", tool_calls=[call]), user("c")]
+
+    sides = {side: [*called(2), assistant(text)] for side, text in (("chosen", "d"), ("rejected", "e"))}
+    assert "other turns" in refusal({"prompt": called(1), **sides}, PAIR)
+    (text,) = shown(tokenizer_of(), [{"prompt": FOUR[:2], "completion": FOUR[2:]}], ANSWER)
+    assert text == "<s><|user|>a<|assistant|>b</s><|user|>c<|assistant|>«d</s>»"
+
+
+def test_a_second_list_of_messages_counts_as_unread() -> None:
+    row = {"messages": FOUR, "conversations": [user("x"), assistant("y")]}
+    (found,) = conversations([("here", row)], CHAT, name="main")
+    assert not isinstance(found, Refused) and found.unread == ("conversations",)
+
+
+def test_an_earlier_answer_with_a_long_prompt_is_dropped_and_counted(tokenizer_of: Callable[..., Any]) -> None:
+    # The template shows of former answers their end alone, so that the whole is shorter than what stands before.
+    turns = [user("a"), assistant("x" * 80 + "|b"), user("c"), assistant("y" * 80 + "|d"), user("e"), assistant("f")]
+    keeps_two = FORGETS.replace("loop.last", "loop.revindex <= 3")
+    found = encoded(tokenizer_of(keeps_two), [{"messages": turns}], CHAT, max_prompt_length=100)
+    assert all(len(row["prompt_ids"]) <= 100 for row in found.rows.get("sft_train", []))

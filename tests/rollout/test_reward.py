@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from published import FAMILIES, tokenizer_of
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -129,6 +130,27 @@ def test_the_usual_way_reads_what_training_trains(template: str, tail: list[str]
     assert trained_position(directory) == pytest.approx(raw, abs=1e-5)
     assert rlhf.score(directory, CONVERSATIONS, normalize=False, batch_size=2) == pytest.approx(raw, abs=1e-5)
     assert rlhf.score(directory, CONVERSATIONS) == pytest.approx([(one - 0.5) / 2.0 for one in raw], abs=1e-5)
+
+
+# Qwen3 puts an empty thought before an answer, Zephyr a line break: training has neither.
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_card_claims_agreement_only_where_all_tokens_agree(name: str) -> None:
+    tokenizer = tokenizer_of(name)
+    turns = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
+    usual = tokenizer.apply_chat_template(turns, return_dict=True)["input_ids"]
+    prompt = encode_prompt(tokenizer, (Message("user", "A question?"),))
+    ours = [*prompt, *encode_response(tokenizer, "An answer."), *score_tail(tokenizer)]
+    assert usual_way_agrees(tokenizer) == (usual == ours)
+    assert usual_way_agrees(tokenizer) == (name not in ("qwen3", "qwen3-base", "zephyr"))
+
+
+def test_messages_are_scored_as_training_reads_them(directory: Path) -> None:
+    parts = [{"type": "text", "text": "Red."}]
+    plain, others = ([{"role": "user", "content": "colour?"}, {"role": "assistant", "content": "Red."}] for _ in "ab")
+    others[1] = {"from": "gpt", "value": parts, "id": "7"}
+    assert rlhf.score(directory, [plain]) == rlhf.score(directory, [others])
+    with pytest.raises(ConfigError, match=r"conversation 2: message 1 has no role"):
+        rlhf.score(directory, [plain, [{"content": "x"}, plain[1]]])
 
 
 def test_where_a_template_writes_no_eos_the_card_says_so_and_the_function_is_right(tmp_path: Path) -> None:

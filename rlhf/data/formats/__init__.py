@@ -186,12 +186,18 @@ class Cells:
 
 
 def same_turns(some: Sequence[Message], others: Sequence[Message], *, spacing: bool = True) -> bool:
-    """Whether messages are equal, whatever their weights; without `spacing` also where white space around differs."""
+    """Whether messages are equal, whatever their weights.
 
-    def key(one: Message) -> tuple[str, ...]:
-        return (one.role, one.content, one.fields) if spacing else (one.role, one.content.strip())
+    Without `spacing` also where white space around differs, or only one of two has further keys.
+    """
 
-    return [key(one) for one in some] == [key(one) for one in others]
+    def same(one: Message, other: Message) -> bool:
+        if spacing:
+            return (one.role, one.content, one.fields) == (other.role, other.content, other.fields)
+        fields_agree = one.fields == other.fields or not one.fields or not other.fields
+        return one.role == other.role and one.content.strip() == other.content.strip() and fields_agree
+
+    return len(some) == len(others) and all(same(*pair) for pair in zip(some, others, strict=True))
 
 
 def joined(prompt: tuple[Message, ...], before: tuple[Message, ...], what: str) -> tuple[Message, ...]:
@@ -213,7 +219,7 @@ def joined(prompt: tuple[Message, ...], before: tuple[Message, ...], what: str) 
         return (*system, *asked)
     if same_turns(turns[-len(asked) :], asked, spacing=False):
         return (*system, *turns)
-    if turns[0].role == "assistant":
+    if turns[0].role == "assistant" or (turns[0].role == "user" and asked[-1].role == "assistant"):
         return (*system, *asked, *turns)
     raise BadRow(f'{what} begins with other turns than "prompt"')
 

@@ -11,7 +11,7 @@ COLUMNS = {
 
 def read(row: Cells) -> Draft:
     """The prompt is everything before the last message; every answer in it is as good as the last."""
-    name = "conversations" if row.says("conversations") and not row.says("messages") else "messages"
+    name = "messages" if row.says("messages") or not row.says("conversations") else "conversations"
     row.turns(name)  # Says what is wrong with them, a text among it.
     messages, answer = row.answer(name)
     prompt = checked_prompt(messages, f"{row.named(name)} without its last message")
