@@ -283,7 +283,7 @@ class Encoder:
         row = {**row, "prompt_targets": targets, "answer_is_target": conversation.learn}
         if conversation.learn or targets:
             self._append(found, part, conversation, {**row, **_no_rejected()})
-        if self.data.sft_on_rejected and row["rejected_ids"] is not None:
+        if self.data.sft_on_rejected and row["rejected_ids"] is not None and conversation.learn:
             chosen = {f"chosen_{key}": row[f"rejected_{key}"] for key in ("ids", "text", "truncated")}
             chosen["answer_is_target"] = True
             self._append(found, part, conversation, {**row, **chosen, **_no_rejected(), "prompt_targets": []})
@@ -330,6 +330,8 @@ class Encoder:
     def _add_rm(self, found: Encoded, part: Part, conversation: Conversation, row: Row) -> str | None:
         if row["rejected_ids"] is None:
             return "rm: no rejected answer"
+        if not conversation.learn:
+            return "rm: an answer of weight 0"
         if row["chosen_ids"] == row["rejected_ids"]:
             return "rm: both answers equal"
         if row["chosen_truncated"] or row["rejected_truncated"]:

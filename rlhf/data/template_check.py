@@ -13,7 +13,7 @@ from rlhf.models.template import end_of_turn, finder, special_tokens
 from rlhf.models.tokenizer import template_agrees
 from rlhf.models.turns import as_turns, render
 
-Shape = tuple[bool | int, ...]
+Shape = tuple[bool | tuple[str, ...], ...]
 _WITHOUT_ANSWER = "yes"
 
 
@@ -93,7 +93,8 @@ class TemplateCheck:
         answer = _answer(conversation)
         shape = (
             conversation.messages[0].role == "system",
-            min(len(contents), 4),
+            tuple(message.role for message in conversation.messages[-4:]),
+            any(message.fields for message in conversation.messages),
             any(map(self._holds_control, contents)),
             self._holds_control(answer),
             any(text != text.strip() for text in contents),

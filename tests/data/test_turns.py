@@ -442,3 +442,10 @@ def test_an_earlier_answer_with_a_long_prompt_is_dropped_and_counted(tokenizer_o
     keeps_two = FORGETS.replace("loop.last", "loop.revindex <= 3")
     found = encoded(tokenizer_of(keeps_two), [{"messages": turns}], CHAT, max_prompt_length=100)
     assert all(len(row["prompt_ids"]) <= 100 for row in found.rows.get("sft_train", []))
+
+
+def test_a_pair_of_weight_0_is_counted_and_not_learnt(tokenizer_of: Callable[..., Any]) -> None:
+    pair = {"prompt": "p", "chosen": [assistant("a", weight=0)], "rejected": [assistant("b")]}
+    found = encoded(tokenizer_of(), [pair], PAIR, stage="rm")
+    assert not found.rows and found.dropped == {("main", "rm: an answer of weight 0"): 1}
+    assert not encoded(tokenizer_of(), [pair], PAIR, sft_on_rejected=True).rows
