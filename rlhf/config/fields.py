@@ -46,13 +46,14 @@ def bounds(declared: "Field[Any]") -> str:
 
 def demand(declared: "Field[Any]", value: Any) -> str:
     """What a number has to be and is not, in words, else ""; null and what is no number are left alone."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
+    if type(value) is not int and type(value) is not float:  # A Boolean is no number.
         return ""
-    if isinstance(value, float) and not math.isfinite(value):
+    if type(value) is float and not math.isfinite(value):
         return "a finite number"
-    if isinstance(value, int) and abs(value) > LARGEST:
-        return f"at most {declared.metadata.get('maximum') or LARGEST:g}"
-    minimum, above, maximum = (declared.metadata.get(name) for name in ("minimum", "above", "maximum"))
+    known = declared.metadata
+    if type(value) is int and abs(value) > LARGEST:
+        return f"at most {known.get('maximum') or LARGEST:g}"
+    minimum, above, maximum = known.get("minimum"), known.get("above"), known.get("maximum")
     inside = (
         (minimum is None or value >= minimum)
         and (above is None or value > above)

@@ -113,15 +113,15 @@ def find_problems(config: Config) -> Iterator[str]:
 def _bounds(config: Any, prefix: str = "") -> Iterator[str]:
     """Numbers that are not what their fields may be."""
     for entry in fields(config):
-        value, key = getattr(config, entry.name), f"{prefix}{entry.name}"
-        if is_dataclass(value):
-            yield from _bounds(value, f"{key}.")
+        value = getattr(config, entry.name)
+        if wanted := demand(entry, value):
+            yield f"{prefix}{entry.name}={value}: must be {wanted}"
         elif isinstance(value, dict):
             for name, inner in value.items():
                 if is_dataclass(inner):
-                    yield from _bounds(inner, f"{key}.{name}.")
-        elif wanted := demand(entry, value):
-            yield f"{key}={value}: must be {wanted}"
+                    yield from _bounds(inner, f"{prefix}{entry.name}.{name}.")
+        elif is_dataclass(value):
+            yield from _bounds(value, f"{prefix}{entry.name}.")
 
 
 def _roles_memory(memory: MemoryConfig, *, frozen_actor: bool) -> Iterator[str]:

@@ -14,6 +14,7 @@ import pkgutil
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import Any, Protocol
 
 from rlhf.config.errors import ConfigError
@@ -244,6 +245,7 @@ def checked_prompt(messages: tuple[Message, ...], what: str) -> tuple[Message, .
     return messages
 
 
+@cache
 def format_names() -> list[str]:
     """The names of the modules in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

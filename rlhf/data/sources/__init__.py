@@ -16,6 +16,7 @@ A module that can also supply an independent judge has the following, texts and 
 import importlib
 import pkgutil
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from types import ModuleType
 
@@ -28,6 +29,7 @@ from rlhf.data.detect import choose_format
 from rlhf.data.formats import conversations as converted
 
 
+@cache
 def source_kinds() -> list[str]:
     """The names of the modules in this package."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__))

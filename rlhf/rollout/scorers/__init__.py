@@ -13,6 +13,7 @@ import importlib
 import math
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,7 @@ from rlhf.config.schema import REWARD_MODEL, ScorerConfig
 ScoreFunction = Callable[..., Sequence[float]]
 
 
+@cache
 def scorer_kinds() -> list[str]:
     """The kinds of scorers."""
     return sorted([REWARD_MODEL, *(module.name for module in pkgutil.iter_modules(__path__))])
