@@ -56,7 +56,7 @@ pytest: .venv/installed-dev
 	@$(BIN)/python -m pytest -n 2
 
 test-fast: .venv/installed-dev
-	$(BIN)/python -m pytest --fast
+	$(BIN)/python -m pytest -n 2 --fast
 
 check: .venv/installed-dev
 	$(BIN)/ruff check $(STYLED)

@@ -26,9 +26,9 @@ from rlhf.config.compose import CommandLine, compose_given, composing, explained
 from rlhf.config.errors import ConfigError, DataError, listed
 from rlhf.config.explain import explain
 from rlhf.config.origins import value_origins
+from rlhf.config.secrets import names_secret, without_secrets
 from rlhf.config.storage import storage_problem
 from rlhf.config.terminal import guard_output
-from rlhf.launcher.hosts import names_secret, without_secrets
 from rlhf.launcher.sweep import SWEEP, JobResult, clear_results, read_results, sweep_directory, write_result
 from rlhf.stages import from_composed, register_schemas
 from rlhf.stages.start import Started, check_composed, start
@@ -54,13 +54,18 @@ def main() -> int:
         started = reported(composed, in_sweep=swept)
         codes.append(started.code)
         if swept:
-            write_result(Path(os.environ[SWEEP]), job_result(started, hydra_config, composed))
+            codes.append(recorded(job_result(started, hydra_config, composed)))
         if started.code > 128:
             sys.exit(started.code)  # An interruption ends a sweep, too.
         return started.objective  # A job without one counts as failed for a sweeper that optimizes.
 
     show_traceback = "HYDRA_FULL_ERROR" in os.environ
-    line = CommandLine.parse(sys.argv[1:], CONF)
+    if not os.path.isdir("."):
+        return complain("the working directory has been removed: change to another one (cd)")
+    try:
+        line = CommandLine.parse(sys.argv[1:], CONF)
+    except PermissionError as error:
+        return complain(storage_problem(error) or str(error))
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     sweep = sweep_directory(sys.argv[1:], name=given.get("sweep"))
     # Hydra would print errors itself and exit with 1. Jobs of a sweep may run in other processes, on other machines.
@@ -77,24 +82,30 @@ def main() -> int:
         else:
             sys.argv[1:] = line.arguments
             job()
-    except USER_ERRORS as error:
-        if show_traceback:
-            raise
-        return complain(every_problem(line) or without_secrets(explain(error)))
     except Exception as error:
-        if show_traceback:
+        said = None if show_traceback else said_of(error, line, begun=bool(begun))
+        if said is None:
             raise
-        if "`Study.stop` is supposed to be invoked" in str(error):
-            pass  # Optuna's grid has nothing left to try; its sweeper does not expect that of a last job that failed.
-        elif not begun:  # YAML and Hydra raise whatever they raise for files and values that they do not expect.
-            return complain(every_problem(line) or without_secrets(explain(error)))
-        elif str(error).startswith("No trials are completed yet"):  # Optuna's, where no job came to a result.
-            return complain(str(error))
-        else:
-            raise
+        if said:
+            return complain(said)
     finally:
         codes += conclude(sweep)
     return next((code for code in codes if code), 0)
+
+
+def said_of(error: Exception, line: CommandLine, *, begun: bool) -> str | None:
+    """What to say of an error that ended everything: nothing of one that is none; None if nobody expects it."""
+    if isinstance(error, USER_ERRORS):
+        return every_problem(line) or without_secrets(explain(error))
+    if (problem := storage_problem(error)) is not None:
+        return problem
+    if "`Study.stop` is supposed to be invoked" in str(error):
+        return ""  # Optuna's grid has nothing left to try; its sweeper does not expect that of a last job that failed.
+    if not begun:  # YAML and Hydra raise whatever they raise for files and values that they do not expect.
+        return every_problem(line) or without_secrets(explain(error))
+    if str(error).startswith("No trials are completed yet"):  # Optuna's, where no job came to a result.
+        return str(error)
+    return None
 
 
 def conclude(sweep: Path) -> list[int]:
@@ -102,11 +113,16 @@ def conclude(sweep: Path) -> list[int]:
     results = read_results(sweep)
     if not list((sweep / "hydra").glob(".submitit")):
         shutil.rmtree(sweep / "hydra", ignore_errors=True)
-    if results:
-        summarize(sweep)
-    else:
+    if not results:
         remove_empty(sweep)
-    return [result.code for result in results]
+        return []
+    from rlhf.stages.summary import summarize_sweep
+
+    text, problem = summarize_sweep(sweep)
+    print(text, flush=True)
+    if problem:
+        print(f"launch.py: {problem}", file=sys.stderr, flush=True)
+    return [*(result.code for result in results), int(bool(problem))]
 
 
 def remove_empty(sweep: Path) -> None:
@@ -175,11 +191,15 @@ def job_result(started: Started, hydra_config: Any, composed: Any) -> JobResult:
     )
 
 
-def summarize(directory: Path) -> None:
-    """Print a sweep's table and write it as CSV and as a picture."""
-    from rlhf.stages.summary import summarize_sweep
-
-    print(summarize_sweep(directory), flush=True)
+def recorded(result: JobResult) -> int:
+    """Note a job's result for the sweep's table; the exit code for it."""
+    try:
+        write_result(Path(os.environ[SWEEP]), result)
+    except OSError as error:
+        why = storage_problem(error) or str(error)
+        print(f"launch.py: job {result.number} will not be in the sweep's table: {why}", file=sys.stderr, flush=True)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -113,15 +113,12 @@ def is_user_error(error: BaseException) -> bool:
 
 def told(error: BaseException, run_dir: Path) -> str:
     """An error's message; where a file could not be written it says what the run has written before."""
-    from rlhf.config.storage import storage_problem
+    from rlhf.config.storage import exported, storage_problem
 
-    model = run_dir / "model"
-    written = (model / "config.json").is_file()
     if problem := storage_problem(error):
-        exists = f"the trained model is in {model}" if written else "no model has been written"
-        return f"{problem}, and give the same command again; {exists}"
-    if written and not is_user_error(error):
-        return f"{error}; the trained model is in {model}"
+        return f"{problem}, and give the same command again; {exported(run_dir)}"
+    if (run_dir / "model" / "config.json").is_file() and not is_user_error(error):
+        return f"{error}; {exported(run_dir)}"
     return str(error)
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, TextIO, cast
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory
 from rlhf.config.model_files import read_object
+from rlhf.config.storage import storage_problem
 from rlhf.config.terminal import guard_output
 from rlhf.interpreter import TALKING, require
 
@@ -284,6 +285,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         converse(chat, lines, sys.stdout, sys.stdout if interactive else sys.stderr)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except PermissionError as error:
+        print(f"error: {storage_problem(error) or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

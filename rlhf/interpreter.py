@@ -1,5 +1,6 @@
 """Whether the Python that runs has what is needed, told in one message; written for every Python 3, with no package."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -29,3 +30,20 @@ def require(program: str, modules: "tuple[str, ...]") -> None:
         advice = f"install the packages:  make -C {shlex.quote(PROJECT)} .venv/installed"
     print(f"{program}: {here} (Python {version}) {reason}: {advice}", file=sys.stderr)
     sys.exit(2)
+
+
+def talk_command(run_dir: str) -> str:
+    """The command that talks to a run's model, for the shell that launch.py was started in."""
+    words = [_short_path(sys.executable or "python3"), "-m", "rlhf.chat", _short_path(run_dir)]
+    # Where the package is not installed, it is found from the project's directory only.
+    project = os.path.realpath(PROJECT)
+    elsewhere = [place for place in sys.path if os.path.realpath(place or ".") != project]
+    installed = any(True for _ in importlib.metadata.distributions(name="rlhf", path=elsewhere))
+    prefix = "" if installed or os.getcwd() == project else f"PYTHONPATH={shlex.quote(project)} "
+    return prefix + shlex.join(words)
+
+
+def _short_path(path: str) -> str:
+    """A path below the working directory as seen from there, every other as it is."""
+    inside = os.path.relpath(path)
+    return path if inside.startswith(("..", "-")) else inside if os.sep in inside else os.path.join(".", inside)

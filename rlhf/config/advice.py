@@ -49,6 +49,8 @@ def group_advice(override: str, groups: Mapping[str, Sequence[str]]) -> str:
         return f"{target}: a group cannot be removed: choose another of its options" if name in groups else ""
     if target.lstrip("+") == "reward_model" and "=" in override:
         return f"{override}: a second model is chosen by  model@reward_model={value or 'NAME'}"
+    if name in groups and (listed := re.fullmatch(r"\[\s*(\w[\w.-]*)?.*\]", value)):
+        return f"{override}: an option of a group is one name: write  {target}={listed[1] or groups[name][0]}"
     if name not in groups or re.match(r"[\[{$]", value):
         return ""
     if name == "source" and not package:
@@ -92,10 +94,12 @@ def file_problems(override: str, places: Sequence[Path]) -> Iterator[str]:
         path = place / group / f"{name}.yaml"
         try:
             with path.open(encoding="utf-8") as file:
-                head = file.read(4096)
+                head = file.readline(4096)
         except (OSError, UnicodeDecodeError, ValueError):
             continue
-        if re.search(r"^\s*#\s*@package\s+\S", head, flags=re.MULTILINE) is None:
+        if head.startswith("\ufeff"):
+            yield f"{path}: begins with a byte order mark: save it as UTF-8 without one"
+        elif re.match(r"#\s*@package\s+\S", head) is None:
             yield f"{path}: its first line must be  {_PACKAGE} , so that its keys are those of the whole configuration"
 
 

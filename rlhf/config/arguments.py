@@ -67,7 +67,8 @@ def read_words(arguments: Sequence[str], groups: Mapping[str, Sequence[str]]) ->
             _flag(words, actions[name], name, value if equals else None, rest)
         elif _is_flag(word):
             values = [value] if equals else [rest.pop(0) for _ in range(_bare_words(rest))]
-            words.foreign.append((name, values[0] if values else ""))
+            numbers = all(each.isdigit() for each in values)  # As in  --step 1 2 3
+            words.foreign.append((name, " ".join(values if numbers else values[:1])))
         elif _OPTION.match(word) or word.startswith("~"):
             words.overrides.append(_whole(words, word, rest, groups))
         else:
@@ -164,8 +165,9 @@ def _short(text: str) -> str:
 def _readable(override: str, problems: list[str]) -> Iterator[str]:
     """An override in a form that Hydra can read; nothing and a problem if there is none."""
     key, equals, value = override.partition("=")
-    if key.lstrip("+~") in _FOLDERS:
-        problems.append(f"{_short(override)}: {_FOLDERS[key.lstrip('+~')]}")
+    below = f"{key.lstrip('+~')}."
+    if folders := [why for name, why in _FOLDERS.items() if f"{name}.".startswith(below)]:
+        problems.append(f"{_short(override)}: {folders[0]}")
         return
     longest = max((len(digits) for digits in re.findall(r"\d+", value.replace("_", ""))), default=0)
     if longest > _DIGITS:

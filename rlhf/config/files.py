@@ -1,5 +1,7 @@
 """Configurations as YAML and as typed objects."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from enum import Enum
 from pathlib import Path
@@ -36,14 +38,20 @@ def write_config(config: Config, path: Path) -> None:
     write_text(path, to_yaml(config))
 
 
-def typed_config(content: Any, stage: StageConfig) -> Config:
+@functools.cache
+def _schema(stage: Callable[[], StageConfig]) -> Any:
+    """The options with their types and defaults; building it takes longer than anything else here."""
+    return OmegaConf.structured(replace(Config(), stage=stage()))
+
+
+def typed_config(content: Any, stage: Callable[[], StageConfig]) -> Config:
     """Check a mapping against the schema and return typed objects.
 
-    `content` is a mapping or an OmegaConf node; `stage` is an instance of the stage's own configuration class.
+    `content` is a mapping or an OmegaConf node; `stage` is the stage's own configuration class.
     Unknown keys and wrong types raise ConfigError.
     """
     try:
-        merged = OmegaConf.merge(OmegaConf.structured(replace(Config(), stage=stage)), content)
+        merged = OmegaConf.merge(_schema(stage), content)
         if unknown := list(unknown_keys(merged)):
             raise ConfigError(*unknown)
         return cast(Config, OmegaConf.to_object(merged))

@@ -14,7 +14,7 @@ class Equivalent:
     `here` are arguments of launch.py, in which `{value}` is the flag's value, `{0}`, `{1}`, … are its parts between
     commas, and `{stage}` is where the options of the script's stage stand: "stage", or "stage.sft" in a pipeline.
     Empty: there is no option, and `note` says why. `example` is a value to show it with. `values` are the arguments for
-    single values where they are others. A note, too, may name `{stage}`. `prefix` may stand before a value.
+    single values where they are others. A note, too, may name `{stage}`. `prefix` may stand before such a value.
     """
 
     here: str = ""
@@ -25,9 +25,10 @@ class Equivalent:
 
     def arguments(self, stage: str, value: str | None = None) -> str:
         """The arguments for a value (None: the example's), with options at `stage`; "" where there is no option."""
-        given = (self.example if value is None else value).removeprefix(self.prefix)
+        given = self.example if value is None else value
+        wanted = self.values.get(given.removeprefix(self.prefix), self.here)
         try:
-            return self.values.get(given, self.here).format(*given.split(","), stage=stage, value=given)
+            return wanted.format(*given.split(","), stage=stage, value=given)
         except IndexError:  # Too few parts.
             return self.here.format(*self.example.split(","), stage=stage, value=self.example)
 
@@ -42,6 +43,12 @@ def _option(here: str, example: str = "", note: str = "", **values: str) -> Equi
 
 def _none(note: str) -> Equivalent:
     return Equivalent(note=note)
+
+
+def _opt(known: str, here: str, example: str) -> Equivalent:
+    sizes = ("125m", "350m", "1.3b", "2.7b", "6.7b", "13b", "30b", "66b", "175b")
+    values = {size: known.format(size) for size in sizes}
+    return Equivalent(here=here, example=example, values=values, prefix="facebook/opt-")
 
 
 _SCHEDULES = {
@@ -120,8 +127,8 @@ def _training(stage: str, model: str) -> dict[str, Equivalent]:
 _PRINTED = _none("the terminal shows the loss, and metrics.jsonl has that of every step")
 _FRONTEND: dict[str, Equivalent] = {
     "--step": _option("stage=pipeline", **{"1": "stage=sft", "2": "stage=rm", "3": "stage=ppo"}),
-    "--actor-model": Equivalent(here="model=opt{value}", example="1.3b", prefix="facebook/opt-"),
-    "--reward-model": Equivalent(here="model@reward_model=opt{value}", example="350m", prefix="facebook/opt-"),
+    "--actor-model": _opt("model=opt{}", "model=hf model.path={value}", "1.3b"),
+    "--reward-model": _opt("model@reward_model=opt{}", "model@reward_model=hf reward_model.path={value}", "350m"),
     "--actor-zero-stage": _option("memory.zero_stage={value}", "2"),
     "--reward-zero-stage": _option("memory.critic.zero_stage={value}", "0", "of PPO; other stages: memory.zero_stage"),
     "--output-dir": _option("run_dir={value}", "output"),

@@ -55,19 +55,3 @@ def read_small_text(path: Path, *, at_most: int) -> str:
     if len(content) > at_most:
         raise OSError(errno.EFBIG, f"is longer than {at_most} bytes")
     return content.decode("utf-8", errors="replace")
-
-
-def shown(name: object) -> str:
-    r"""A name or a path on one line: what cannot be printed stands as an escape, such as \n or \xff."""
-    text = str(name)
-    if text.isprintable() and text.isascii():
-        return text
-    return "".join(_escaped(character) for character in text)
-
-
-def _escaped(character: str) -> str:
-    if character.isprintable():
-        return character
-    if "\udc80" <= character <= "\udcff":  # A byte that is no UTF-8, as Python keeps it.
-        return f"\\x{ord(character) - 0xDC00:02x}"
-    return character.encode("unicode_escape").decode()

@@ -303,7 +303,9 @@ class LauncherConfig:
     environment: dict[str, str] = option_factory(
         dict, "Variables that every rank gets, as in  +launcher.environment.NCCL_DEBUG=INFO; never secrets."
     )
-    timeout_minutes: float = option(30.0, "How long a collective operation may wait for the other ranks.", above=0)
+    timeout_minutes: float = option(
+        30.0, "How long a collective operation may wait for the other ranks.", above=0, maximum=1e6
+    )
 
 
 @dataclass(kw_only=True, slots=True)

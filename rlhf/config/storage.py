@@ -1,4 +1,4 @@
-"""What the operating system says where files cannot be written, as a sentence that tells a person what to mend."""
+"""What the operating system says of files that cannot be written or read, and what a person has to mend."""
 
 import contextlib
 import errno
@@ -17,12 +17,16 @@ _REASONS = {
 }
 # Libraries in Rust, such as safetensors and tokenizers, give the number in the text only.
 _RUST = re.compile(r"\(os error (\d+)\)")
+_NOT_ALLOWED = "this user has no permission there: change the permissions, or give another path"
 _PROBE_BYTES = 1 << 16
 
 
 def storage_problem(error: BaseException | None) -> str | None:
     """Why files cannot be written, if that is what an error, or one that it followed, is about; None otherwise."""
     seen: set[int] = set()
+    # Libraries try places that they may not use, and go on; so only the error itself counts.
+    if isinstance(error, PermissionError) and error.filename:
+        return f"{error.filename}: {_NOT_ALLOWED}"
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         number = error.errno if isinstance(error, OSError) else None
@@ -33,6 +37,12 @@ def storage_problem(error: BaseException | None) -> str | None:
             return f"{path}: {_REASONS[number]}" if path else _REASONS[number]
         error = error.__cause__ or error.__context__
     return None
+
+
+def exported(directory: Path) -> str:
+    """What is there of a stage that could not write all its files."""
+    model = directory / "model"
+    return f"the trained model is in {model}" if (model / "config.json").is_file() else "no model has been written"
 
 
 def probe(directory: Path) -> str | None:

@@ -1,9 +1,10 @@
 """All problems of a configuration at once, each with its key, its value and what would work."""
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import Field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from rlhf.config.schema import (
     WeightSource,
 )
 
+_LONGEST_PATH = 3840  # Of the 4095 that there may be; a run's files have longer ones than its directory.
 _PATHS = ("path", "run_dir", "cache_dir", "hostfile", "function", "others", "gguf_file")
 
 
@@ -74,6 +76,8 @@ def _texts(config: Config) -> Iterator[str]:
                 len(os.fsencode(p)) > 255 for p in text.split("/")
             ):
                 yield f"{key}={shown}: a name in this path has more than 255 bytes"
+            elif (name in _PATHS or name.endswith("_model")) and len(os.fsencode(text)) > _LONGEST_PATH:
+                yield f"{key}={shown}: this path has more than {_LONGEST_PATH} bytes"
             elif key in ("model.name", "reward_model.name", "data.name") and (
                 len(os.fsencode(text)) > 80 or "/" in text
             ):
@@ -110,12 +114,19 @@ def find_problems(config: Config) -> Iterator[str]:
         yield "tracking.wandb=true needs the package wandb: run  pip install wandb -c constraints.txt"
 
 
+@functools.cache
+def _fields(kind: Any) -> "tuple[Field[Any], ...]":
+    return fields(kind)
+
+
 def _bounds(config: Any, prefix: str = "") -> Iterator[str]:
     """Numbers that are not what their fields may be."""
-    for entry in fields(config):
+    kind: Any = type(config)
+    for entry in _fields(kind):
         value = getattr(config, entry.name)
-        if wanted := demand(entry, value):
-            yield f"{prefix}{entry.name}={value}: must be {wanted}"
+        if isinstance(value, int | float):
+            if wanted := demand(entry, value):
+                yield f"{prefix}{entry.name}={value}: must be {wanted}"
         elif isinstance(value, dict):
             for name, inner in value.items():
                 if is_dataclass(inner):

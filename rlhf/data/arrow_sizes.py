@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import open_regular, shown
+from rlhf.config.regular import open_regular
+from rlhf.config.terminal import shown_name
 
 _MAGIC = b"ARROW1\0\0"
 _LARGEST_METADATA = 64 * 1024**2
@@ -29,8 +30,8 @@ def check_batches(path: Path, *, free: int) -> None:
             for packed, unpacked in _batches(file):
                 if unpacked > max(free, _EXPANSION * packed):
                     raise DataError(
-                        f"{shown(path)}: a batch of {packed} bytes grows to {unpacked} when unpacked, beyond any text: "
-                        "if that is right, write the file uncompressed"
+                        f"{shown_name(path)}: a batch of {packed} bytes grows to {unpacked} when unpacked, beyond any "
+                        "text: if that is right, write the file uncompressed"
                     )
         except (struct.error, IndexError):
             return

@@ -12,8 +12,8 @@ from itertools import islice
 from typing import Any
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import shown
 from rlhf.config.schema import SourceConfig
+from rlhf.config.terminal import shown_name
 from rlhf.data.bad_rows import BadRows
 from rlhf.data.conversation import Refused
 from rlhf.data.formats import BadRow, Cells, DroppedRow, Format, format_module, format_names
@@ -85,7 +85,7 @@ def choose_format(files: Iterable[tuple[str, Rows]], source: SourceConfig, *, na
     if not filled:
         bad = next((sample.bad for sample in samples if sample.bad.number), None)
         told = f"none of the first rows can be read:\n  {bad.listed()}" if bad else "there are no rows"
-        raise DataError(f"{key} ({shown(source.path or source.kind)}) has no usable row: {told}")
+        raise DataError(f"{key} ({shown_name(source.path or source.kind)}) has no usable row: {told}")
     found = _fitting(filled, source)
     if not found and _MESSAGES not in source.columns and all(_CONVERSATIONS in one.columns for one in filled):
         # As ShareGPT calls the messages.
@@ -201,7 +201,7 @@ def _undecided(found: Mapping[str, list[str]], samples: Sequence[_Sample], sourc
 
 
 def _listed(columns: Sequence[str]) -> str:
-    return ", ".join(shown(column) for column in columns[:12]) + (", …" if len(columns) > 12 else "") or "none"
+    return ", ".join(shown_name(column) for column in columns[:12]) + (", …" if len(columns) > 12 else "") or "none"
 
 
 def _proposal(sample: _Sample, key: str) -> str:
@@ -211,12 +211,14 @@ def _proposal(sample: _Sample, key: str) -> str:
         column for column, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)
     ]
     if turns and turns[0] not in ("chosen", "rejected"):
-        return f", as in  {key}.format=conversational +{key}.columns.messages={shown(turns[0])}"
+        return f", as in  {key}.format=conversational +{key}.columns.messages={shown_name(turns[0])}"
     names = {str(column).lower(): str(column) for column in row}
     prompt = next((names[name] for name in _PROMPTS if name in names), None)
     answer = next((names[name] for name in _ANSWERS if name in names and names[name] != prompt), None)
     if prompt is None or answer is None:
         return ""
     given = {"prompt": prompt, "completion": answer}
-    changed = "".join(f" +{key}.columns.{ours}={shown(theirs)}" for ours, theirs in given.items() if ours != theirs)
+    changed = "".join(
+        f" +{key}.columns.{ours}={shown_name(theirs)}" for ours, theirs in given.items() if ours != theirs
+    )
     return f", as in  {key}.format=completion{changed}" if changed else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, BinaryIO
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import shown
+from rlhf.config.terminal import shown_name
 from rlhf.data.text_files import Rows, bad_row, open_text, too_long
 
 _BOM = b"\xef\xbb\xbf"
@@ -52,7 +52,7 @@ def json_rows(path: Path, limit: int) -> Rows:
     elif as_lines or not start:
         yield from _lines(path, limit)
     else:
-        raise DataError(f"{shown(path)}: {_WANTED}")
+        raise DataError(f"{shown_name(path)}: {_WANTED}")
 
 
 def _first_line(file: BinaryIO, limit: int) -> tuple[bytes, bool]:
@@ -114,7 +114,7 @@ def _lines(path: Path, limit: int) -> Rows:
         number = 0
         while line := file.readline(limit + 2):
             number += 1
-            where = f"{shown(path)}:{number}"
+            where = f"{shown_name(path)}:{number}"
             line = line.removeprefix(_BOM) if number == 1 else line
             if len(line.rstrip(b"\r\n")) > limit:
                 while not line.endswith(b"\n") and (line := file.readline(_PIECE)):
@@ -207,7 +207,7 @@ def _array(path: Path, limit: int) -> Rows:
         text = _Text(file, limit)
         yield from _elements(text, path)
         if text.peek():
-            raise DataError(f"{shown(path)}: not valid JSON (there is more behind the array)")
+            raise DataError(f"{shown_name(path)}: not valid JSON (there is more behind the array)")
 
 
 def _elements(text: _Text, path: Path) -> Rows:
@@ -219,17 +219,17 @@ def _elements(text: _Text, path: Path) -> Rows:
     while end != "]":
         number += 1
         try:
-            yield f"{shown(path)}: row {number}", text.value()
+            yield f"{shown_name(path)}: row {number}", text.value()
         except _UnendedError as error:
-            raise DataError(f"{shown(path)}: row {number} is {error}") from None
+            raise DataError(f"{shown_name(path)}: row {number} is {error}") from None
         except _RowError as error:
-            yield bad_row(f"{shown(path)}: row {number}", str(error))
+            yield bad_row(f"{shown_name(path)}: row {number}", str(error))
         except _SyntaxError as error:
-            raise DataError(f"{shown(path)}: not valid JSON (row {number}: {error})") from None
+            raise DataError(f"{shown_name(path)}: not valid JSON (row {number}: {error})") from None
         try:
             end = text.take(",", "]")
         except _SyntaxError as error:
-            raise DataError(f"{shown(path)}: not valid JSON (row {number}: {error})") from None
+            raise DataError(f"{shown_name(path)}: not valid JSON (row {number}: {error})") from None
 
 
 def _objects(path: Path, limit: int, line: bytes, *, as_lines: bool, more: bool) -> Rows:
@@ -251,7 +251,7 @@ def _in_sequence(path: Path, limit: int) -> Rows:
     with _opened(path) as file:
         text, number = _Text(file, limit), 1
         while True:
-            where = f"{shown(path)}: row {number}"
+            where = f"{shown_name(path)}: row {number}"
             found: Any
             try:
                 found = text.value()
@@ -280,26 +280,26 @@ def _in_sequence(path: Path, limit: int) -> Rows:
 def _alone(path: Path, found: Any) -> Rows:
     """A file that is one object: it holds the rows in a list, or is the only row."""
     if isinstance(found, _RowError):
-        yield bad_row(f"{shown(path)}:1", str(found))
+        yield bad_row(f"{shown_name(path)}:1", str(found))
         return
     lists = [key for key, value in found.items() if _are_rows(value) and (key in _LISTS or len(found) == 1)]
     if len(lists) > 1:
         raise DataError(_several(path, lists))
     if not lists and _are_columns(found):
         raise DataError(
-            f"{shown(path)} holds columns, not rows: write one object for each row, with pandas as in  "
+            f"{shown_name(path)} holds columns, not rows: write one object for each row, with pandas as in  "
             "to_json(PATH, orient='records', lines=True)"
         )
     if not lists:
-        yield f"{shown(path)}:1", found
+        yield f"{shown_name(path)}:1", found
     for key in lists:
         for number, row in enumerate(found[key], start=1):
-            yield f"{shown(path)}: row {number}", row
+            yield f"{shown_name(path)}: row {number}", row
 
 
 def _several(path: Path, names: list[str]) -> str:
-    listed = ", ".join(shown(name) for name in names)
-    return f"{shown(path)} holds several lists of rows ({listed}): save the one to train on as a file of its own"
+    listed = ", ".join(shown_name(name) for name in names)
+    return f"{shown_name(path)} holds several lists of rows ({listed}): save the one to train on as a file of its own"
 
 
 def _are_rows(value: Any) -> bool:
@@ -347,8 +347,8 @@ def _around(path: Path, limit: int) -> Rows:
                 end = text.take(",", "}")
         except _RowError as error:
             raise DataError(
-                f"{shown(path)}: its first row is {error}; rows in a list inside an object are found where the list is "
-                f"called {', '.join(_LISTS)}"
+                f"{shown_name(path)}: its first row is {error}; rows in a list inside an object are found where the "
+                f"list is called {', '.join(_LISTS)}"
             ) from None
         except _SyntaxError as error:
-            raise DataError(f"{shown(path)}: not valid JSON ({error})") from None
+            raise DataError(f"{shown_name(path)}: not valid JSON ({error})") from None

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import open_regular, shown
+from rlhf.config.regular import open_regular
+from rlhf.config.terminal import shown_name
 
 _MAGIC = b"PAR1"
 _LARGEST_FOOTER = 64 * 1024**2
@@ -46,7 +47,7 @@ def row_groups(path: Path) -> list[RowGroup]:
         try:
             return [_row_group(file, group) for group in _footer(file)[_ROW_GROUPS]]
         except (LookupError, TypeError, ValueError, AttributeError, OSError) as error:
-            raise DataError(f"{shown(path)}: not valid Parquet (its footer cannot be read)") from error
+            raise DataError(f"{shown_name(path)}: not valid Parquet (its footer cannot be read)") from error
 
 
 def _footer(file: BinaryIO) -> dict[int, Any]:

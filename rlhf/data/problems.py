@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.config.explain import did_you_mean
-from rlhf.config.regular import kind_of, shown
+from rlhf.config.regular import kind_of
 from rlhf.config.schema import AUTO, DataConfig, SourceConfig
+from rlhf.config.terminal import shown_name
 from rlhf.data.formats import format_module, format_names
 from rlhf.data.sources import source_kinds
 from rlhf.data.split import STAGES
@@ -21,8 +22,8 @@ def source_problems(data: DataConfig) -> Iterator[str]:
     """Say of every source which of its options cannot be; and whether the weights make a mix."""
     if len(data.name.encode("utf-8", "replace")) > _LONGEST_NAME or not re.fullmatch(r"([\w+-][\w.+-]*)?", data.name):
         yield (
-            f"data.name={shown(data.name):.{_LONGEST_NAME}}: must be at most {_LONGEST_NAME} letters, digits, _, -, + "
-            "and dots, the first no dot: directories are called so"
+            f"data.name={shown_name(data.name):.{_LONGEST_NAME}}: must be at most {_LONGEST_NAME} letters, digits, _, "
+            "-, + and dots, the first no dot: directories are called so"
         )
     for name, source in data.sources.items():
         yield from _source(source, f"data.sources.{name}")
@@ -69,7 +70,7 @@ def _file(source: SourceConfig, key: str) -> Iterator[str]:
     if not source.path:
         yield f"{key}.path is not set: give a file or a directory, as in  {key}.path=FILE.jsonl"
         return
-    path, given = Path(source.path).expanduser(), f"{key}.path={shown(source.path):.300}"
+    path, given = Path(source.path).expanduser(), f"{key}.path={shown_name(source.path):.300}"
     try:
         kind = kind_of(path)
     except OSError as error:

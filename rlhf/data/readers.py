@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import shown
+from rlhf.config.terminal import shown_name
 from rlhf.data.conversation import Refused
 from rlhf.data.json_rows import json_rows
 from rlhf.data.row_files import has_ending
@@ -42,7 +42,7 @@ def read_rows(path: Path, *, source: str, limit: int) -> Rows:
             yield replace(entry, source=source) if isinstance(entry, Refused) else entry
     except (OSError, EOFError, zlib.error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-        raise DataError(f"{shown(path)} cannot be read: {reason}") from error
+        raise DataError(f"{shown_name(path)} cannot be read: {reason}") from error
 
 
 class _Lines:
@@ -92,14 +92,14 @@ def _csv(path: Path, limit: int) -> Rows:
             except _TooLongError:
                 if lines.quoted:
                     reason = f"{too_long(limit)}, or a quote in it is never closed"
-                    raise DataError(f"{shown(path)}:{started}: the row is {reason}") from None
-                yield bad_row(f"{shown(path)}:{started}", too_long(limit))
+                    raise DataError(f"{shown_name(path)}:{started}: the row is {reason}") from None
+                yield bad_row(f"{shown_name(path)}:{started}", too_long(limit))
                 continue
             except csv.Error as error:
                 if "end of data" in str(error):
                     # Whatever follows the quote is one cell: the rows in it are lost.
-                    raise DataError(f"{shown(path)}:{started}: a quote in this row is never closed") from error
-                yield bad_row(f"{shown(path)}:{lines.number}", f"not valid CSV ({error})")
+                    raise DataError(f"{shown_name(path)}:{started}: a quote in this row is never closed") from error
+                yield bad_row(f"{shown_name(path)}:{lines.number}", f"not valid CSV ({error})")
                 continue
             if cells is None:
                 return
@@ -107,14 +107,14 @@ def _csv(path: Path, limit: int) -> Rows:
                 continue
             if len(cells) != len(header):
                 reason = f"has {len(cells)} cells, but the header has {len(header)}"
-                yield bad_row(f"{shown(path)}:{lines.number}", reason)
+                yield bad_row(f"{shown_name(path)}:{lines.number}", reason)
             else:
-                yield f"{shown(path)}:{lines.number}", dict(zip(header, cells, strict=True))
+                yield f"{shown_name(path)}:{lines.number}", dict(zip(header, cells, strict=True))
 
 
 def _header(reader: Any, path: Path) -> list[str]:
     """The names of the columns; raises DataError where they cannot be."""
-    key = f"{shown(path)}:1"
+    key = f"{shown_name(path)}:1"
     try:
         header: list[str] = next(reader, [])
     except csv.Error as error:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import kind_of, read_small_text, shown
+from rlhf.config.regular import kind_of, read_small_text
+from rlhf.config.terminal import shown_name
 
 TRAIN = "train"
 _SAVED_SET, _SAVED_DICT, _SAVED_INFO = "state.json", "dataset_dict.json", "dataset_info.json"
@@ -48,7 +49,7 @@ def find_row_files(path: Path, *, split: str, endings: Sequence[str]) -> RowFile
     try:
         walk.folder(path)
     except RecursionError as error:
-        raise DataError(f"{shown(path)}: its folders are nested too deeply") from error
+        raise DataError(f"{shown_name(path)}: its folders are nested too deeply") from error
     return walk.of_split(path)
 
 
@@ -73,7 +74,7 @@ class _Walk:
                 return
             names = sorted(os.listdir(directory))
         except OSError as error:
-            raise DataError(f"{shown(directory)} cannot be read: {error.strerror}") from error
+            raise DataError(f"{shown_name(directory)} cannot be read: {error.strerror}") from error
         if _SAVED_DICT in names:
             self.folder(directory / self._split_of_saved(directory))
         elif _SAVED_SET in names and _SAVED_INFO in names:
@@ -93,11 +94,13 @@ class _Walk:
             elif not has_ending(path.name, self._endings):
                 self._found.left_out["of other kinds"] += 1
             elif kind != "file":
-                raise DataError(f"{shown(path)} {f'is {kind}' if kind else 'is a link to nothing'}, not a regular file")
+                raise DataError(
+                    f"{shown_name(path)} {f'is {kind}' if kind else 'is a link to nothing'}, not a regular file"
+                )
             elif not self._was_seen(path):
                 self._found.files.append(path)
         except OSError as error:
-            raise DataError(f"{shown(path)} cannot be read: {error.strerror}") from error
+            raise DataError(f"{shown_name(path)} cannot be read: {error.strerror}") from error
 
     def _was_seen(self, path: Path) -> bool:
         status = path.stat()
@@ -111,7 +114,7 @@ class _Walk:
         entries = _read_object(directory / _SAVED_SET).get("_data_files")
         names = [entry.get("filename") if isinstance(entry, dict) else None for entry in _as_list(entries)]
         if not names or not all(isinstance(name, str) and name == os.path.basename(name) for name in names):
-            raise DataError(f"{shown(directory / _SAVED_SET)} lists no files of rows: save the set again")
+            raise DataError(f"{shown_name(directory / _SAVED_SET)} lists no files of rows: save the set again")
         for name in names:
             path = directory / str(name)
             self._chosen.add(path)
@@ -123,13 +126,13 @@ class _Walk:
     def _split_of_saved(self, directory: Path) -> str:
         splits = [str(name) for name in _as_list(_read_object(directory / _SAVED_DICT).get("splits"))]
         if self._split not in splits or self._split != os.path.basename(self._split):
-            listed = ", ".join(shown(name) for name in splits) or "none"
+            listed = ", ".join(shown_name(name) for name in splits) or "none"
             raise DataError(
-                f"{shown(directory)} is a saved DatasetDict with the splits {listed}, without {self._split}"
+                f"{shown_name(directory)} is a saved DatasetDict with the splits {listed}, without {self._split}"
             )
         for name in splits:
             if name != self._split:
-                self._found.left_out[f"of split {shown(name)}"] += 1
+                self._found.left_out[f"of split {shown_name(name)}"] += 1
         return self._split
 
     def of_split(self, root: Path) -> RowFiles:
@@ -164,7 +167,7 @@ def _read_object(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(read_small_text(path, at_most=_LARGEST_STATE))
     except OSError as error:
-        raise DataError(f"{shown(path)} cannot be read: {error.strerror}") from error
+        raise DataError(f"{shown_name(path)} cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{shown(path)} is not valid JSON: save the set again") from error
+        raise DataError(f"{shown_name(path)} is not valid JSON: save the set again") from error
     return content if isinstance(content, dict) else {}

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import open_regular, shown
+from rlhf.config.regular import open_regular
+from rlhf.config.terminal import shown_name
 from rlhf.data.arrow_sizes import check_batches
 from rlhf.data.json_rows import parsed
 from rlhf.data.parquet_pages import RowGroup, row_groups
@@ -37,13 +38,13 @@ def parquet_rows(path: Path, limit: int) -> Rows:
                 if group.largest > max(_LARGEST_PAGE, limit):
                     reason = f"stands beside a cell of up to {group.largest} bytes: {too_long(limit)}"
                     for one in range(group.rows):
-                        yield bad_row(f"{shown(path)}: row {number + one + 1}", reason)
+                        yield bad_row(f"{shown_name(path)}: row {number + one + 1}", reason)
                 else:
                     batches = file.iter_batches(batch_size=_batch_size(group), row_groups=[index])
-                    yield from batch_rows(batches, limit, place=f"{shown(path)}: row", first=number, spend=spend)
+                    yield from batch_rows(batches, limit, place=f"{shown_name(path)}: row", first=number, spend=spend)
                 number += group.rows
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
-        raise DataError(f"{shown(path)}: not valid Parquet ({_first_line(error)})") from error
+        raise DataError(f"{shown_name(path)}: not valid Parquet ({_first_line(error)})") from error
 
 
 def _batch_size(group: RowGroup) -> int:
@@ -60,9 +61,9 @@ def _check_table(names: list[str], rows: int, size: int, path: Path) -> None:
     """Raise DataError where two columns have one name, of which one would be lost, or rows have nearly no bytes."""
     twice = [name for name, number in Counter(names).items() if number > 1]
     if twice:
-        raise DataError(f"{shown(path)}: the column {twice[0]!r:.80} occurs twice")
+        raise DataError(f"{shown_name(path)}: the column {twice[0]!r:.80} occurs twice")
     if rows > _FREE_ROWS and rows > _ROWS_PER_BYTE * size:
-        raise DataError(f"{shown(path)}: says that it has {rows} rows in {size} bytes, which cannot be")
+        raise DataError(f"{shown_name(path)}: says that it has {rows} rows in {size} bytes, which cannot be")
 
 
 def arrow_rows(path: Path, limit: int) -> Rows:
@@ -88,9 +89,9 @@ def arrow_rows(path: Path, limit: int) -> Rows:
                 number += batch.num_rows
                 _check_table(schema.names, number, size, path)
                 first = number - batch.num_rows
-                yield from batch_rows([batch], limit, place=f"{shown(path)}: row", first=first, spend=spend)
+                yield from batch_rows([batch], limit, place=f"{shown_name(path)}: row", first=first, spend=spend)
     except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError) as error:
-        raise DataError(f"{shown(path)}: not valid Arrow ({_first_line(error)})") from error
+        raise DataError(f"{shown_name(path)}: not valid Arrow ({_first_line(error)})") from error
 
 
 def _budget(path: Path, size: int) -> Callable[[int], None]:
@@ -101,7 +102,9 @@ def _budget(path: Path, size: int) -> Callable[[int], None]:
         nonlocal spent
         spent += number
         if spent > max(_FREE, _EXPANSION * size):
-            raise DataError(f"{shown(path)}: its rows have more than {spent} bytes, though the file has only {size}")
+            raise DataError(
+                f"{shown_name(path)}: its rows have more than {spent} bytes, though the file has only {size}"
+            )
 
     return spend
 

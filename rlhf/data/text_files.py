@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rlhf.config.errors import DataError
-from rlhf.config.regular import open_regular, shown
+from rlhf.config.regular import open_regular
+from rlhf.config.terminal import shown_name
 from rlhf.data.conversation import Refused
 
 Rows = Iterator[tuple[str, Any] | Refused]
@@ -59,10 +60,10 @@ def open_text(path: Path) -> BinaryIO:
 def _check_head(head: bytes, path: Path) -> None:
     for magic, what in _FOREIGN.items():
         if head.startswith(magic):
-            raise DataError(f"{shown(path)} {what}")
+            raise DataError(f"{shown_name(path)} {what}")
     # Every second byte of Latin letters is 0 there.
     if head[1:4:2] == b"\0\0" or head[0:3:2] == b"\0\0":
-        raise DataError(f"{shown(path)} is no text, or is UTF-16 or UTF-32: save it as UTF-8")
+        raise DataError(f"{shown_name(path)} is no text, or is UTF-16 or UTF-32: save it as UTF-8")
 
 
 class _Unpacked(io.RawIOBase):

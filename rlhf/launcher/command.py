@@ -8,10 +8,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rlhf import interpreter
 from rlhf.config.schema import Accelerator, Config, LauncherKind
 from rlhf.launcher.hosts import SHARED_PORT, hosts_of
 
-PROJECT = Path(__file__).resolve().parents[2]
+PROJECT = Path(interpreter.PROJECT).resolve()
 # A surrounding distributed job must not leak into this one.
 _FOREIGN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_SIZE")
 HOSTFILE, ENVIRONMENT = "hostfile", "environment"

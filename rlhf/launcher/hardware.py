@@ -225,7 +225,7 @@ def _divided(
     available = hardware.gpus_per_node or 1
     ranks = next((n for n in range(available, 0, -1) if all(batch % n == 0 for batch in batches)), 1)
     per_node = replace(hardware, gpus_per_node=ranks)
-    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), adjustable=None)
+    return per_node, _with_micro_batches(stage, ranks * max(1, hardware.nodes), adjustable=None, kept=asked)
 
 
 def unused_ranks(composed: Config, resolved: Config, machine: Machine) -> str:
@@ -244,21 +244,24 @@ def unused_ranks(composed: Config, resolved: Config, machine: Machine) -> str:
 
 
 def _with_micro_batches(
-    stage: StageConfig, ranks: int, *, adjustable: Collection[str] | None, prefix: str = "stage"
+    stage: StageConfig,
+    ranks: int,
+    *,
+    adjustable: Collection[str] | None,
+    kept: Collection[str] = (),
+    prefix: str = "stage",
 ) -> StageConfig:
-    """Choose the micro-batches that are left open, and make the adjustable ones (None: all) smaller to divide."""
+    """Choose the micro-batches that are left open, and make the adjustable ones (None: all but `kept`) smaller."""
     changed: dict[str, Any] = {}
     for entry in fields(stage):
-        value = getattr(stage, entry.name)
+        value, key = getattr(stage, entry.name), f"{prefix}.{entry.name}"
         if isinstance(value, StageConfig):
-            changed[entry.name] = _with_micro_batches(
-                value, ranks, adjustable=adjustable, prefix=f"{prefix}.{entry.name}"
-            )
+            changed[entry.name] = _with_micro_batches(value, ranks, adjustable=adjustable, kept=kept, prefix=key)
         elif entry.name == "micro_batch_size_per_gpu":
             share = math.gcd(*(role.batch_size // ranks for role in stage.roles() if role.optimizer is not None))
             if value == 0:
                 changed[entry.name] = max((n for n in range(1, MICRO_BATCH + 1) if share % n == 0), default=1)
-            elif adjustable is None or f"{prefix}.{entry.name}" in adjustable:
+            elif key in adjustable if adjustable is not None else key not in kept:
                 changed[entry.name] = math.gcd(value, share) or value
     return replace(stage, **changed)
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from rlhf.config.explain import did_you_mean
 from rlhf.config.regular import read_small_text
 from rlhf.config.schema import Config, LauncherConfig, LauncherKind, Mode
+from rlhf.config.secrets import names_secret, without_secrets
 
 # The program that a kind of launcher runs, and the Debian package that has it.
 PROGRAMS = {
@@ -34,27 +35,6 @@ _TOLD = 5  # Lines of a hostfile.
 # Bytes: ten thousand machines have lines of a hundred.
 LARGEST_HOSTFILE = 1024**2
 _CHOOSING = (LauncherKind.pdsh, LauncherKind.no_ssh)
-# What names end with whose values are secrets: HF_TOKEN, WANDB_API_KEY, DB_PASSWORD.
-_SECRET_ENDS = {"KEY", "APIKEY", "TOKEN", "SECRET", "PASSWORD", "PASSWD", "PASS", "PAT", "AUTH"}
-_SECRET_ENDS |= {"CREDENTIAL", "CREDENTIALS"}
-
-
-def names_secret(name: str) -> bool:
-    """Whether a variable's name says that its value is a secret: HF_TOKEN, but not TOKENIZERS_PARALLELISM.
-
-    The option `key` is none: it names the option that mode=explain explains.
-    """
-    words = [word for word in re.split(r"[^A-Z]+", name.rpartition(".")[2].upper()) if word]
-    return name != "key" and bool(words) and words[-1] in _SECRET_ENDS
-
-
-def without_secrets(text: str) -> str:
-    """A text in which the value of every NAME=value is hidden whose name says that it is a secret."""
-    return re.sub(
-        r"([\w.]+)=([^\s,;\"'=]+)(?=[\s,;\"']|$)",
-        lambda found: f"{found[1]}=***" if names_secret(found[1]) else found[0],
-        text,
-    )
 
 
 def shortened(text: str, length: int = 60) -> str:
@@ -179,7 +159,11 @@ def _port_problems(launcher: LauncherConfig) -> Iterator[str]:
     """Yield why this machine's rank 0 could not listen; where another machine has rank 0, nothing can be known."""
     local = launcher.kind is LauncherKind.local
     port = launcher.master_port or (None if local else SHARED_PORT)
-    if port is None or not (local or (launcher.kind is LauncherKind.no_ssh and launcher.node_rank == 0)):
+    if (
+        port is None
+        or not 0 < port < 1 << 16
+        or not (local or (launcher.kind is LauncherKind.no_ssh and launcher.node_rank == 0))
+    ):
         return
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -36,8 +36,13 @@ class StageRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether all ranks have finished."""
-        return is_finished(self.directory, self.ranks)
+        """Whether all ranks have finished, and the model that they wrote is there."""
+        return not self.lost_its_model and is_finished(self.directory, self.ranks)
+
+    @property
+    def lost_its_model(self) -> bool:
+        """Whether all ranks have finished and somebody has removed the model since."""
+        return is_finished(self.directory, self.ranks) and not (self.directory / "model").is_dir()
 
 
 InputsOf = Callable[[Config], Mapping[str, str]]
@@ -62,6 +67,8 @@ def run_stages(
             continue
         # Of several machines that start by themselves, the first one clears up.
         if not run.config.launcher.node_rank:
+            if run.lost_its_model:
+                print(f"{run.name}: finished before, but its model is gone: trained again", file=stream, flush=True)
             name = "earlier" if run.is_finished else "failed"
             aside = move_aside(run.directory, name=name)
             if aside is not None:
@@ -102,8 +109,14 @@ def _train_or_take(
     key = store.key_of(run.config) if store is not None else None
     inputs = json.dumps(inputs_of(run.config), indent=1)
     if store is None or key is None:
-        return start_stage(run, inputs, gpus=gpus, stream=stream)
-    with store.reserved(key, name=run.name):
+        return _train(run, inputs_of, inputs, gpus=gpus, stream=stream)
+    try:
+        place = store.reserved(key, name=run.name)
+    except OSError as error:  # Of somebody else, as may be where two share a folder of runs.
+        why = storage_problem(error) or str(error)
+        print(f"{run.name}: no stage of other runs is used, nor is this one kept: {why}", file=stream, flush=True)
+        return _train(run, inputs_of, inputs, gpus=gpus, stream=stream)
+    with place:
         entry = store.find(key)
         if entry is not None:
             trained_by = store.take(entry, run.directory)
@@ -111,13 +124,33 @@ def _train_or_take(
             print(f"{run.name}: reused, trained with the same inputs by {trained_by}", file=stream, flush=True)
             return Outcome(0)
         outcome = start_stage(run, inputs, gpus=gpus, stream=stream)
-        if not outcome.code:
+        if not outcome.code and not _moved(run, inputs_of, stream):
             try:
                 store.keep(key, run.directory)
             except OSError as error:  # What it would have saved is another run's time.
                 why = storage_problem(error) or str(error)
                 print(f"{run.name}: trained, but not kept for other runs: {why}", file=stream, flush=True)
         return outcome
+
+
+def _train(run: StageRun, inputs_of: InputsOf, inputs: str, *, gpus: Sequence[int], stream: TextIO) -> Outcome:
+    outcome = start_stage(run, inputs, gpus=gpus, stream=stream)
+    if not outcome.code:
+        _moved(run, inputs_of, stream)
+    return outcome
+
+
+def _moved(run: StageRun, inputs_of: InputsOf, stream: TextIO) -> bool:
+    """Whether a stage's inputs changed while it was trained: it is not known what it was made of, and that is told."""
+    if run.config.launcher.node_rank:
+        return False  # The first machine looks.
+    changed = changed_inputs(run, inputs_of)
+    if changed:
+        recorded = json.loads((run.directory / INPUTS).read_text(encoding="utf-8"))
+        write_files(run.directory, {INPUTS: json.dumps(recorded | dict.fromkeys(changed), indent=1) + "\n"})
+        told = f"its {' and '.join(changed)} changed while it was trained, so it may be made of both; the same command"
+        print(f"{run.name}: {told} will train it again (reuse=finished keeps it)", file=stream, flush=True)
+    return bool(changed)
 
 
 def start_stage(run: StageRun, inputs: str, *, gpus: Sequence[int], stream: TextIO) -> Outcome:

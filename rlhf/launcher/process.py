@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from rlhf.config.storage import probe
+from rlhf.config.storage import exported, probe
 from rlhf.launcher.command import PROJECT, LaunchCommand
 from rlhf.launcher.processes import RUN_MARK, Death, RunProcesses, remove_shared_memory
 from rlhf.launcher.watchdog import STOP, watchdog_variables
@@ -234,7 +234,7 @@ def _failure(
     logs = f"logs: {run_dir / 'logs'}"
     if error is None and (why := probe(run_dir)) is not None:
         # Then neither errors nor logs could be written.
-        return Outcome(2, f"{why}, and give the same command again")
+        return Outcome(2, f"{why}, and give the same command again; {exported(run_dir)}")
     signals = [(f"rank {dead.rank}", f"rank{dead.rank}", dead.signal) for dead in deaths if dead.signal not in _POLITE]
     signals += [(f"a rank on {machine}", "launcher", _signal_of(code)) for machine, code in lost]
     if error is None or any(dead.signal is None and dead.code is None for dead in deaths):

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,14 @@ def move_aside(directory: Path, *, name: str = "failed") -> Path | None:
 
 def folder_beside(run_dir: Path, name: str) -> Path:
     """Where mode=plan or mode=data writes: into the run's directory, or beside it where that holds a run already."""
-    return run_dir.with_name(f"{run_dir.name}-{name}") if (run_dir / CONFIG).is_file() else run_dir / name
+    # Nor into one that holds the run, as a pipeline's is of its stages.
+    around = [place for place in run_dir.parents if (place / CONFIG).is_file() and any(place.glob(f"{_LOCK}*"))]
+    run_dir = around[-1] if around else run_dir
+    suffixes = chain([""], (f"-{number}" for number in count(2)))
+    beside = (run_dir.with_name(f"{run_dir.name}-{name}{suffix}") for suffix in suffixes)
+    places = beside if (run_dir / CONFIG).is_file() else chain([run_dir / name], beside)
+    # A launch locks the directory that it runs in; a plan does not.
+    return next(place for place in places if not any(place.glob(f"{_LOCK}*")))
 
 
 def write_files(directory: Path, files: Mapping[str, str]) -> None:

@@ -9,8 +9,8 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -56,17 +56,16 @@ class StageStore:
         self.key_of = key_of
         self._stream = stream
 
-    @contextmanager
-    def reserved(self, key: str, *, name: str) -> Iterator[None]:
-        """Keep other runs away from a stage; wait while one of them trains it."""
+    def reserved(self, key: str, *, name: str) -> AbstractContextManager[object]:
+        """Keep other runs away from a stage within the context; wait while one of them trains it. Raises OSError."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with (self._folder / f"{key}.lock").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"{name}: another run trains the same stage; waiting for it", file=self._stream, flush=True)
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            yield
+        lock = (self._folder / f"{key}.lock").open("a")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"{name}: another run trains the same stage; waiting for it", file=self._stream, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        return lock
 
     def find(self, key: str) -> Path | None:
         """The entry of a key if there is one whose files are what they were; a damaged one is deleted."""
@@ -105,10 +104,14 @@ class StageStore:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Make a second name for a file, or a copy where the file system has no such thing."""
+    """Make a second name for a file; a copy where it is not as readable as what is written here now, or cannot be."""
     target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)
+    target.touch()
+    usual = target.stat().st_mode
+    if source.stat().st_mode == usual:
+        target.unlink()
+        with suppress(OSError):
+            os.link(source, target)
+            return
+    shutil.copyfile(source, target)

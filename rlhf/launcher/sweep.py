@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rlhf.config.terminal import shown
 from rlhf.config.writing import whole_file, write_text
 
 SWEEP = "RLHF_SWEEP"  # The environment variable that names a sweep's directory to its jobs.
@@ -54,11 +55,12 @@ def clear_results(directory: Path) -> None:
 
 
 def result_rows(results: Sequence[JobResult]) -> list[dict[str, str]]:
-    """One row a job: its overrides, then what came of it; every row has all columns."""
+    """One row a job: its overrides, as they may be shown, then what came of it; every row has all columns."""
     rows = []
     for result in results:
         state = "done" if result.code == 0 else "failed"
-        row = {**result.overrides, **{name: _cell(value) for name, value in result.figures.items()}}
+        row = {key: shown(value) for key, value in result.overrides.items()}
+        row |= {name: _cell(value) for name, value in result.figures.items()}
         if result.metric:
             row[result.metric] = _cell(result.objective)
         rows.append({**row, "state": state, "run": result.run_dir})
@@ -84,10 +86,10 @@ def table_text(rows: Sequence[dict[str, str]], *, hidden: Collection[str] = ()) 
     """The rows under their names, in columns, without the `hidden` ones."""
     if not rows:
         return "no job was run"
-    shown = [name for name in rows[0] if name not in hidden and (name != "run" or any(row["run"] for row in rows))]
-    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in shown}
-    lines = ["  ".join(f"{name:<{widths[name]}}" for name in shown)]
-    lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in shown) for row in rows]
+    columns = [name for name in rows[0] if name not in hidden and (name != "run" or any(row["run"] for row in rows))]
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in columns}
+    lines = ["  ".join(f"{name:<{widths[name]}}" for name in columns)]
+    lines += ["  ".join(f"{row[name]:<{widths[name]}}" for name in columns) for row in rows]
     return "\n".join(line.rstrip() for line in lines)
 
 

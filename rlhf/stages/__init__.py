@@ -1,5 +1,6 @@
 """The training stages. A folder here with a config.py is a stage: nothing else names them. Imports no torch."""
 
+import functools
 import importlib
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ def stage_config_class(name: str) -> type[StageConfig]:
     return classes[0]
 
 
+@functools.cache
 def register_schemas() -> None:
     """Give Hydra the dataclasses: schema/config, schema/GROUP for every group, schema/stage/NAME for every stage."""
     store = ConfigStore.instance()
@@ -51,7 +53,7 @@ def _typed(content: Any, stage: Any) -> Config:
     name = stage.get("name") if hasattr(stage, "get") else None
     if not isinstance(name, str):
         raise ConfigError(f"stage.name={name!r}: give the name of a stage, one of {', '.join(stage_names())}")
-    return typed_config(content, stage_config_class(name)())
+    return typed_config(content, stage_config_class(name))
 
 
 def from_composed(composed: Any) -> Config:

@@ -1,14 +1,11 @@
 """What launch.py does when the stages have ended: the report, what it says last, and the result of a sweep's job."""
 
-import importlib.metadata
-import os
-import shlex
 import sys
 from pathlib import Path
 from statistics import median
 
 from rlhf.config.storage import storage_problem
-from rlhf.launcher.command import PROJECT
+from rlhf.interpreter import talk_command
 from rlhf.launcher.pipeline import StageRun
 from rlhf.launcher.process import Outcome
 from rlhf.tracking.records import METRICS, SUMMARY, read_json, read_rows
@@ -39,7 +36,7 @@ def conclude(runs: list[StageRun], run_dir: Path, outcome: Outcome) -> Outcome:
         return written
     print(f"model:  {model}")
     if runs[-1].name != "rm":
-        print(f"talk:   {talk_command(run_dir)}")
+        print(f"talk:   {talk_command(str(run_dir))}")
     return written
 
 
@@ -56,20 +53,3 @@ def report_outcome(run_dir: Path) -> Outcome:
         )
     print(f"report: {report}")
     return Outcome(0)
-
-
-def talk_command(run_dir: Path) -> str:
-    """The command that talks to a run's model, for the shell that launch.py was started in."""
-    words = [_short_path(sys.executable or "python3"), "-m", "rlhf.chat", _short_path(str(run_dir))]
-    # Where the package is not installed, it is found from the project's directory only.
-    project = str(PROJECT)
-    elsewhere = [place for place in sys.path if os.path.realpath(place or ".") != project]
-    installed = any(True for _ in importlib.metadata.distributions(name="rlhf", path=elsewhere))
-    prefix = "" if installed or os.getcwd() == project else f"PYTHONPATH={shlex.quote(project)} "
-    return prefix + shlex.join(words)
-
-
-def _short_path(path: str) -> str:
-    """A path below the working directory as seen from there, every other as it is."""
-    inside = os.path.relpath(path)
-    return path if inside.startswith(("..", "-")) else inside if os.sep in inside else os.path.join(".", inside)

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from rlhf.config.terminal import shown
 from rlhf.config.writing import write_text
+from rlhf.interpreter import talk_command
 from rlhf.tracking.collect import (
     TITLES,
     Setting,
@@ -111,7 +112,7 @@ def _collect(run_dir: Path, *, pipeline: bool) -> Report:
         settings=settings(values),
         config=config_path.read_text(encoding="utf-8", errors="replace") if config_path.exists() else "",
         command=read_command(run_dir),
-        talk_to=f"python -m rlhf.chat {run_dir}" if talkable else "",
+        talk_to=talk_command(str(run_dir)) if talkable else "",
         total_time=format_seconds(sum(stage.seconds for stage in stages)),
     )
 

@@ -16,14 +16,16 @@ from rlhf.config.advice import group_advice
 from rlhf.config.arguments import read_words
 from rlhf.config.completion import answers
 from rlhf.config.compose import CommandLine, _no_flag, compose_given, composing, known_keys
-from rlhf.config.errors import ConfigError
+from rlhf.config.errors import ConfigError, listed
 from rlhf.config.files import write_config
 from rlhf.config.other_tools import flag_advice
+from rlhf.config.secrets import names_secret, without_secrets
 from rlhf.config.validate import value_problems
+from rlhf.interpreter import talk_command
 from rlhf.launcher.hardware import resolve, unused_ranks
-from rlhf.launcher.hosts import names_secret, without_secrets
+from rlhf.launcher.rundir import PLAN as PLAN_FOLDER
+from rlhf.launcher.rundir import claimed, folder_beside
 from rlhf.stages import register_schemas
-from rlhf.stages.conclude import talk_command
 from rlhf.stages.preflight import cache_directory
 from rlhf.stages.start import check_composed, give_home, start
 
@@ -62,6 +64,18 @@ def said_before_composing(*arguments: str) -> list[str]:
     ("arguments", "expected"),
     [
         (["--actor-model", "1.3b"], ["--actor-model 1.3b: options have no dashes: write  model=opt1.3b"]),
+        (
+            ["--actor-model", "ORG/opt-99b"],
+            ["--actor-model ORG/opt-99b: options have no dashes: write  model=hf model.path=ORG/opt-99b"],
+        ),
+        (["--step", "1", "2", "3"], ["--step 1 2 3: options have no dashes: write  stage=pipeline"]),
+        (["--step", "2"], ["--step 2: options have no dashes: write  stage=rm"]),
+        (
+            ["--wandb_api_key=abc"],
+            ["--wandb_api_key ***: there is no such flag; options have no dashes: write  NAME=VALUE, as in  seed=2"],
+        ),
+        (["stage=[sft]", PLAN], ["stage=[sft]: an option of a group is one name: write  stage=sft"]),
+        (["hydra.run={dir: foo}", PLAN], ["hydra.run={dir: foo}: a run is written to run_dir"]),
         (["--actor_zero_stage=3"], ["or  memory.actor.zero_stage=3"]),
         (["--learning_rate", "1e-5", "stage=sft"], ["write  stage.optimizer.learning_rate=1e-5"]),
         (
@@ -197,6 +211,8 @@ def test_the_option_key_is_no_secret() -> None:
     assert not names_secret("key") and not names_secret("stage.token_count") and not names_secret("KEYBOARD")
     assert all(map(names_secret, ("HF_TOKEN", "launcher.environment.WANDB_API_KEY", "PASSWORD", "KEY", "A_TOKEN2")))
     assert without_secrets("key=stage.x --export=A_KEY=b") == "key=stage.x --export=A_KEY=***"
+    assert without_secrets("x_key=a,b,c seed=1,2 a_key=b,seed=3") == "x_key=*** seed=1,2 a_key=***,seed=3"
+    assert without_secrets("--api-key abc: --cfg job --key x") == "--api-key ***: --cfg job --key ***"
 
 
 @pytest.mark.parametrize(("key", "meant"), [("kl_coef", "stage.ppo.kl_coef"), ("stage.kl_cof", "stage.ppo.kl_coef")])
@@ -283,7 +299,7 @@ def test_the_last_line_of_a_run_works_as_printed(tmp_path: Path, monkeypatch: py
     (run / "model").mkdir(parents=True)
     (run / "model" / "config.json").write_text(json.dumps({"architectures": ["OPTForSequenceClassification"]}))
     monkeypatch.chdir(tmp_path)
-    command = talk_command(run)
+    command = talk_command(str(run))
     assert command.endswith("-m rlhf.chat './a run'") and sys.executable in command
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=120, check=False)
     assert (done.returncode, "is a reward model" in done.stderr) == (2, True), done.stderr
@@ -316,3 +332,43 @@ def test_a_terminal_without_unicode_shows_escapes(tmp_path: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, b"")
     assert b"/caf\\xe9" in done.stdout and b"micro-batch 16 \\xd7 accumulation" in done.stdout
+
+
+def test_a_sweep_that_nobody_could_wait_for_is_refused_before_its_jobs_are_listed() -> None:
+    assert said("-m", "seed=range(1,1e11)", PLAN) == [
+        "seed=range(1,1e11): a sweep of 99,999,999,999 jobs: at most 10,000"
+    ]
+    many = ("seed=range(0,1000)", "stage.ppo.kl_coef=0.1,0.2", "data.split.seed=range(0,100)")
+    assert said("-m", *many, PLAN) == [f"{' '.join(many)}: a sweep of 200,000 jobs: at most 10,000"]
+
+
+def test_a_thousand_values_of_a_sweep_are_not_all_tried() -> None:
+    lines = said("-m", "seed=range(1.5,900)", "rollout.top_p=2", PLAN)
+    assert len(lines) == 11 and "rollout.top_p=2.0" in lines[-1]
+
+
+def test_a_thousand_problems_are_not_all_listed() -> None:
+    lines = listed([f"{number}" for number in range(1000)]).splitlines()
+    assert lines[0] == "1000 problems in the configuration:" and lines[-2:] == ["  - 39", "  - and 960 more"]
+
+
+def test_micro_batches_that_were_asked_for_stay_as_they_are() -> None:
+    given = ("model=opt125m", "hardware.accelerator=cpu", "stage=sft", "stage.batch_size=6", PLAN)
+    key = "stage.micro_batch_size_per_gpu"
+    asked = {"stage.batch_size": "command line", key: "command line"}
+    with pytest.raises(ConfigError, match=rf"stage.batch_size=6 is not a multiple of {key} × ranks = 4 × 2 = 8"):
+        check_composed(composed(*given, f"{key}=4"), asked)
+
+
+def test_a_plan_is_not_written_over_a_run_that_is_called_like_one(tmp_path: Path) -> None:
+    run_dir, other = tmp_path / "run", tmp_path / "run-plan"
+    assert folder_beside(run_dir, PLAN_FOLDER) == run_dir / "plan"
+    with claimed(run_dir / "plan"):
+        assert folder_beside(run_dir, PLAN_FOLDER) == other
+    with claimed(other):
+        assert folder_beside(run_dir, PLAN_FOLDER) == tmp_path / "run-plan-2"
+    # A pipeline's stages, and whatever else is in its directory, are its own.
+    with claimed(tmp_path / "whole"):
+        (tmp_path / "whole" / "config.yaml").touch()
+        for inner in ("sft", "sub/deeper"):
+            assert folder_beside(tmp_path / "whole" / inner, PLAN_FOLDER) == tmp_path / "whole-plan"

@@ -29,6 +29,12 @@ def raised_from(cause: BaseException) -> BaseException:
         (raised_from(OSError(errno.EDQUOT, "")), "the quota on the disk is used up: make room"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), None),
         (ValueError("28"), None),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/cache/data/x.lock"),
+            "/cache/data/x.lock: this user has no permission there: change the permissions, or give another path",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied"), None),
+        (raised_from(PermissionError(errno.EACCES, "Permission denied", "/root")), None),
     ],
 )
 def test_a_disk_that_takes_nothing_is_told_in_a_sentence(error: BaseException, expected: str | None) -> None:

@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,47 @@ def test_a_process_outlives_its_output(tmp_path: Path, ending: str) -> None:
         )
         os.close(theirs)
     assert (done.returncode, report.exists() and report.read_text()) == (0, "done")
+
+
+UNREAD = """
+import sys, time
+from rlhf.config.terminal import Outlet, guard_output
+Outlet.last_patience = float(sys.argv[1])
+guard_output()
+for number in range(300):
+    print(number, "y" * 10_000, flush=True)
+open(sys.argv[2], "w").close()
+print("the end")
+"""
+
+
+@pytest.mark.processes
+def test_who_does_not_read_for_a_while_holds_nothing_up(tmp_path: Path) -> None:
+    program = [sys.executable, "-S", "-c", UNREAD]
+    environment = os.environ | {"PYTHONPATH": str(PROJECT)}
+    with subprocess.Popen([*program, "60", str(tmp_path / "went on")], env=environment, stdout=subprocess.PIPE) as job:
+        assert job.stdout is not None
+        wait_for(tmp_path / "went on")
+        printed = job.stdout.read().decode()
+        assert job.wait(timeout=60) == 0
+    whole, _, said = printed.partition("\n[")
+    assert (
+        len(whole) > 900_000
+        and whole.startswith("0 yyy")
+        and said.endswith(" bytes that nobody took are left out here]\n")
+    )
+    assert set(whole.split("y")) <= {"", *(f"{'' if number == 0 else chr(10)}{number} " for number in range(300))}
+    # And who never reads keeps no process.
+    with subprocess.Popen([*program, "0.1", str(tmp_path / "ended")], env=environment, stdout=subprocess.PIPE) as job:
+        assert job.wait(timeout=60) == 0
+    assert (tmp_path / "ended").exists()
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 60
+    while not path.exists():
+        assert time.monotonic() < end
+        time.sleep(0.05)
 
 
 def test_guarding_twice_is_guarding_once(monkeypatch: pytest.MonkeyPatch) -> None:

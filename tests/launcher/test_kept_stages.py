@@ -10,7 +10,8 @@ import pytest
 from rlhf.config.schema import Accelerator, Config, HardwareConfig, Reuse
 from rlhf.launcher import pipeline
 from rlhf.launcher.command import LaunchCommand
-from rlhf.launcher.pipeline import StageRun, run_stages
+from rlhf.launcher.pipeline import StageRun, changed_inputs, run_stages
+from rlhf.launcher.store import StageStore
 from rlhf.stages.sft.config import SFTConfig
 
 pytestmark = pytest.mark.processes
@@ -58,3 +59,53 @@ def test_a_finished_stage_is_kept_only_if_it_is_made_of_the_same(
     assert (place / "earlier-2" / "model").is_dir()
     (place / "done" / "rank0").unlink()
     assert start(tmp_path, monkeypatch, data="2")[0].endswith(str(place / "failed-1"))
+
+
+def test_a_finished_stage_whose_model_was_removed_is_trained_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "sft"
+    assert start(tmp_path, monkeypatch, data="1") == []
+    (place / "model").rmdir()
+    assert start(tmp_path, monkeypatch, data="1") == [
+        "sft: finished before, but its model is gone: trained again",
+        f"sft: starts anew; what was there is now {place / 'failed-1'}",
+    ]
+    assert (place / "model").is_dir()
+
+
+def test_a_store_that_cannot_be_used_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "store").touch()  # Where somebody else's folder of stages would be.
+    hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
+    run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware), directory=tmp_path / "sft")
+    command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
+    monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
+    monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    stream = io.StringIO()
+    store = StageStore(tmp_path / "store", key_of=lambda _: "sft-1", stream=stream)
+    assert run_stages([run], gpus=(), stream=stream, inputs_of=lambda _: {"data": "1"}, store=store).code == 0
+    assert "sft: no stage of other runs is used, nor is this one kept: " in stream.getvalue()
+    assert (run.directory / "model").is_dir()
+
+
+def test_inputs_that_change_while_a_stage_is_trained_are_told_and_not_kept_for_other_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = iter("1")
+
+    def inputs_of(_: Config) -> dict[str, str]:
+        return {"data": next(content, "2"), "code": "1"}
+
+    hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
+    run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware), directory=tmp_path / "sft")
+    command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
+    monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
+    monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    stream = io.StringIO()
+    store = StageStore(tmp_path / "store", key_of=lambda _: "sft-1", stream=stream)
+    assert run_stages([run], gpus=(), stream=stream, inputs_of=inputs_of, store=store).code == 0
+    assert "sft: its data changed while it was trained" in stream.getvalue()
+    assert store.find("sft-1") is None
+    assert json.loads((run.directory / "inputs.json").read_text()) == {"data": None, "code": "1"}
+    # Nor does the stage count as one that is made of either.
+    assert changed_inputs(run, lambda _: {"data": "1", "code": "1"}) == ["data"]

@@ -111,6 +111,8 @@ def test_a_stage_is_finished_when_all_ranks_are(tmp_path: Path) -> None:
     (run.directory / "done" / "rank0").touch()
     assert not run.is_finished
     (run.directory / "done" / "rank1").touch()
+    assert run.lost_its_model and not run.is_finished
+    (run.directory / "model").mkdir()
     assert run.is_finished
 
 

@@ -41,6 +41,21 @@ def test_a_kept_stage_is_taken_with_its_files_and_names_who_trained_it(tmp_path:
     assert tree_digests(second) == tree_digests(first)
 
 
+def test_a_private_stage_is_handed_on_as_readable_as_everything_else(tmp_path: Path) -> None:
+    first, stages = trained(tmp_path / "a" / "sft"), store(tmp_path)
+    for path in first.rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    stages.keep("sft-1", first)
+    entry = stages.find("sft-1")
+    assert entry is not None
+    stages.take(entry, tmp_path / "b")
+    usual = tmp_path / "usual"
+    usual.touch()
+    for path in (tmp_path / "b").rglob("*"):
+        assert path.is_dir() or path.stat().st_mode == usual.stat().st_mode, path
+    assert (tmp_path / "b" / "model" / "model.safetensors").read_bytes() == b"weights"
+
+
 def test_it_outlives_the_run_that_trained_it_and_takes_no_room_before(tmp_path: Path) -> None:
     first, stages = trained(tmp_path / "a" / "sft"), store(tmp_path)
     stages.keep("sft-1", first)

@@ -21,8 +21,8 @@ from itertools import chain
 from types import ModuleType
 
 from rlhf.config.errors import ConfigError, DataError
-from rlhf.config.regular import shown
 from rlhf.config.schema import AUTO, DataConfig, OnProblem, SourceConfig
+from rlhf.config.terminal import shown_name
 from rlhf.data.bad_rows import BadRows, joined
 from rlhf.data.conversation import Conversation, Refused
 from rlhf.data.detect import choose_format
@@ -85,7 +85,7 @@ def read_source(source: SourceConfig, *, name: str, on_bad_row: OnProblem) -> It
 def no_usable_row(source: SourceConfig, name: str, unusable: BadRows) -> str:
     """What is told of a source that gives nothing."""
     told = f":\n  {unusable.listed()}" if unusable.number else ": there are no rows"
-    return f"data.sources.{name} ({shown(source.path or source.kind)}) has no usable row{told}"
+    return f"data.sources.{name} ({shown_name(source.path or source.kind)}) has no usable row{told}"
 
 
 def read_sources(data: DataConfig) -> Iterator[Conversation | Refused]:

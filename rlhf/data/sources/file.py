@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.config.errors import ConfigError, DataError
-from rlhf.config.regular import kind_of, open_regular, shown
+from rlhf.config.regular import kind_of, open_regular
 from rlhf.config.schema import SourceConfig
+from rlhf.config.terminal import shown_name
 from rlhf.data.readers import can_read, read_rows, suffixes
 from rlhf.data.row_files import RowFiles, find_row_files
 from rlhf.data.text_files import Rows
@@ -18,7 +19,7 @@ def source_files(source: SourceConfig, *, name: str) -> RowFiles:
     if not source.path:
         raise ConfigError(f"{key} is not set: give it a file or directory, as in  {key}=my.jsonl")
     path = Path(source.path).expanduser()
-    given = f"{key}={shown(source.path):.300}"
+    given = f"{key}={shown_name(source.path):.300}"
     endings = f"a file ending in {', '.join(suffixes())}"
     try:
         kind = kind_of(path)
@@ -51,7 +52,7 @@ def left_out(source: SourceConfig, *, name: str) -> str:
 def rows_by_file(source: SourceConfig, *, name: str) -> Iterator[tuple[str, Rows]]:
     """The files in their order, each with its rows."""
     for file in source_files(source, name=name).files:
-        yield shown(file), read_rows(file, source=name, limit=source.max_row_bytes)
+        yield shown_name(file), read_rows(file, source=name, limit=source.max_row_bytes)
 
 
 def content_digest(source: SourceConfig, *, name: str) -> str:
@@ -62,6 +63,6 @@ def content_digest(source: SourceConfig, *, name: str) -> str:
             with open_regular(file) as opened:
                 content = hashlib.file_digest(opened, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         except OSError as error:
-            raise DataError(f"{shown(file)} cannot be read: {error.strerror}") from error
-        digest.update(f"{shown(file.name)} {content} ".encode())
+            raise DataError(f"{shown_name(file)} cannot be read: {error.strerror}") from error
+        digest.update(f"{shown_name(file.name)} {content} ".encode())
     return digest.hexdigest()
