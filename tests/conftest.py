@@ -47,8 +47,8 @@ STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """`--fast`: only the tests that start no process."""
-    parser.addoption("--fast", action="store_true", help="only the tests that start no process")
+    """`--fast`: only the tests that start no process, and not those of thousands of cases."""
+    parser.addoption("--fast", action="store_true", help="no test that starts processes or looks at thousands of cases")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -64,9 +64,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With `--fast` leave out what starts processes."""
+    """With `--fast` leave out what starts processes, and what takes long."""
     if config.getoption("--fast"):
-        left = [item for item in items if item.get_closest_marker("processes") or item.get_closest_marker("ranks")]
+        left = [item for item in items if any(map(item.get_closest_marker, ("processes", "ranks", "exhaustive")))]
         config.hook.pytest_deselected(items=left)
         items[:] = [item for item in items if item not in left]
 

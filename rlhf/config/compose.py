@@ -213,10 +213,17 @@ def _no_flag(flag: str, value: str, keys: Sequence[str]) -> str:
 
 
 def _known_keys(line: CommandLine, accepted: Sequence[str]) -> list[str]:
-    try:
-        return list(known_keys(compose_given(line, accepted)))
-    except Exception:  # What is wrong is told already.
-        return []
+    """The keys that there are with these overrides; every mistake asks for them, and composing takes a while."""
+    asked = (line.config_name, line.config_dir, *accepted)
+    if asked not in _KNOWN:
+        try:
+            _KNOWN[asked] = list(known_keys(compose_given(line, accepted)))
+        except Exception:  # What is wrong is told already.
+            return []
+    return _KNOWN[asked]
+
+
+_KNOWN: dict[tuple[str | None, ...], list[str]] = {}
 
 
 def _is_key(override: str) -> bool:

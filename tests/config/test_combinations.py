@@ -172,32 +172,10 @@ def parts() -> Parts:
         return Parts()
 
 
-def some(combinations: list[Combination]) -> list[Combination]:
-    """A sixth of them, in which every three options of three groups still meet."""
-    listed = [options(group) for group in GROUPS]
-    at = [{name: index for index, name in enumerate(names)} for names in listed]
-
-    def memory(combination: Combination) -> int:
-        return sum(at[group][combination[group]] for group in range(3)) % len(listed[3])
-
-    return [each for each in combinations if at[3][each[3]] == memory(each)]
-
-
-def test_every_three_options_meet_in_some_of_the_combinations() -> None:
-    everything: list[Combination] = list(itertools.product(*map(options, GROUPS)))  # type: ignore[arg-type]
-    chosen = some(everything)
-    assert len(chosen) * len(options("memory")) == len(everything)
-    for three in itertools.combinations(range(len(GROUPS)), 3):
-        assert len({tuple(each[group] for group in three) for each in chosen}) == len(
-            {tuple(each[group] for group in three) for each in everything}
-        )
-
-
 @pytest.fixture(scope="module")
-def outcome(parts: Parts, request: pytest.FixtureRequest) -> Outcome:
-    """Plan all combinations; with `--fast`, some."""
-    everything: list[Combination] = list(itertools.product(*map(options, GROUPS)))  # type: ignore[arg-type]
-    found = Outcome(combinations=some(everything) if request.config.getoption("--fast") else everything)
+def outcome(parts: Parts) -> Outcome:
+    """Plan all combinations."""
+    found = Outcome(combinations=list(itertools.product(*map(options, GROUPS))))  # type: ignore[arg-type]
     with conf():
         for combination in found.combinations:
             add_plan(found, combination, parts.combined(combination))
@@ -219,6 +197,7 @@ def add_plan(outcome: Outcome, combination: Combination, config: Config) -> None
         outcome.rendered.update((text, run.ranks) for text in role_files(run.config).values())
 
 
+@pytest.mark.exhaustive
 def test_parts_make_what_is_composed(parts: Parts) -> None:
     everything = list(itertools.product(*map(options, GROUPS)))
     tuned = [each for each in everything if each[:2] in parts.tuned]
@@ -229,12 +208,13 @@ def test_parts_make_what_is_composed(parts: Parts) -> None:
             assert parts.combined(combination) == real, combination
 
 
+@pytest.mark.exhaustive
 def test_combinations_are_refused_for_lack_of_memory_only(outcome: Outcome) -> None:
     for combination, message in outcome.refused.items():
         problems = [line.removeprefix("  - ") for line in message.splitlines() if "problems in the" not in line]
         assert problems and all(problem.startswith("memory.") for problem in problems), (combination, message)
     accepted = [combination for combination in outcome.combinations if combination not in outcome.refused]
-    assert len(outcome.combinations) > 4_000
+    assert len(outcome.combinations) > 10_000
     assert len(accepted) > 0.5 * len(outcome.combinations), len(accepted)
     for index, group in enumerate(GROUPS):
         assert {combination[index] for combination in accepted} == set(options(group)), group
@@ -304,6 +284,7 @@ def unknown(content: dict[str, Any], parsed: Any, seen: set[str]) -> set[str]:
     return found | {f"optimizer.params.{key}" for key in optimizer.get("params", {}) if key not in known}
 
 
+@pytest.mark.exhaustive
 def test_deepspeed_understands_everything_that_is_rendered(outcome: Outcome) -> None:
     assert outcome.rendered
     for text, ranks in outcome.rendered:
@@ -320,6 +301,7 @@ def test_deepspeed_understands_everything_that_is_rendered(outcome: Outcome) -> 
         assert parsed.optimizer_params == content.get("optimizer", {}).get("params")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("place", "key"),
     [

@@ -61,6 +61,7 @@ def test_reading_twice_gives_the_same(one_liners: list[Conversation]) -> None:
     assert read("one_liners", opening_words=1) != one_liners
 
 
+@pytest.mark.exhaustive
 def test_long_reviews_give_their_first_and_last_sentences() -> None:
     first, last = "Mr. Smith made a film I liked. I saw it twice!", "Do not miss it. The ending made me cry ."
     long = " ".join(["word"] * 20)
@@ -123,6 +124,7 @@ def test_package_is_not_imported(one_liners: list[Conversation]) -> None:
     assert film_reviews.PACKAGE not in sys.modules
 
 
+@pytest.mark.exhaustive
 def test_judge_tells_praise_from_blame_on_reviews_it_has_not_seen() -> None:
     judge = fit_judge(DataConfig(judge="film_reviews"))
     assert judge.accuracy > 0.72

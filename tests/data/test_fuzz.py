@@ -145,6 +145,7 @@ def write(path: Path, rows: list[Any], luck: random.Random) -> bool:
     return not damaged
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("form", sorted(GOOD))
 def test_damaged_files_are_refused_by_row_or_as_a_whole(form: str, tmp_path: Path) -> None:
     luck = random.Random(form)
