@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class Struct(dict[str, Any]):
+    """A mapping out of a table: what its row lacks of the keys that others have, the table has filled up with nulls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn: `role` is system, user, assistant or tool.

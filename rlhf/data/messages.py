@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.conversation import Message
+from rlhf.data.conversation import Message, Struct
 
 ROLES = ("system", "user", "assistant", "tool")
 # What others call the roles: ShareGPT, OpenAssistant, OpenAI (developer), Gemma (model), LLaMA-Factory (observation).
@@ -197,9 +197,15 @@ def _calls(value: Any, what: str) -> list[Any]:
                 given = json.loads(given) if given.strip() else {}
             except (ValueError, RecursionError):
                 raise BadRow(f"{what}: the arguments of {function['name']!r:.40} are not valid JSON") from None
-        outer = {"type": "function", **call} if "function" in call else {"type": "function"}
-        found.append({**outer, "function": {**function, "arguments": given}})
+        own = {"arguments": given} if given is not None else {}
+        function = _like(function, {**{key: entry for key, entry in function.items() if key != "arguments"}, **own})
+        outer = call if "function" in call else {}
+        found.append(_like(call, {"type": "function", **outer, "function": function}))
     return found
+
+
+def _like(one: Mapping[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return Struct(other) if isinstance(one, Struct) else other
 
 
 def tool_list(value: Any) -> list[Any] | None:
@@ -215,20 +221,22 @@ def tool_list(value: Any) -> list[Any] | None:
 
 
 def _fields(rest: Mapping[str, Any], what: str) -> str:
-    """JSON of further keys of a message, without nulls; empty if there are none."""
+    """JSON of further keys of a message; empty if there are none."""
     if not rest:
         return ""
     try:
-        text = json.dumps(_without_nulls(rest), ensure_ascii=False, default=str)
+        text = json.dumps(_without_filling(rest), ensure_ascii=False, default=str)
     except (RecursionError, ValueError, TypeError):
         raise BadRow(f"{what}: {', '.join(rest):.60} cannot be written as JSON") from None
     return checked_text(text, what)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_filling(value: Any) -> Any:
+    """A value without the nulls with which a table fills up structs; every other null was written by somebody."""
     if isinstance(value, Mapping):
-        return {str(key): _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        filled = isinstance(value, Struct)
+        return {str(key): _without_filling(entry) for key, entry in value.items() if not (filled and entry is None)}
+    return [_without_filling(entry) for entry in value] if isinstance(value, list) else value
 
 
 def with_tools(messages: tuple[Message, ...], tools: list[Any], what: str) -> tuple[Message, ...]:

@@ -9,6 +9,7 @@ from rlhf.config.errors import DataError
 from rlhf.config.regular import open_regular
 from rlhf.config.terminal import shown_name
 from rlhf.data.arrow_sizes import check_batches
+from rlhf.data.conversation import Struct
 from rlhf.data.json_rows import parsed
 from rlhf.data.parquet_pages import RowGroup, row_groups
 from rlhf.data.text_files import Rows, bad_row, too_long
@@ -171,14 +172,14 @@ def _row_bytes(row: Any) -> int:
 
 
 def _decoders(schema: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    """The columns that hold JSON, as `datasets` writes values of several kinds, each with what reads its values."""
+    """The columns with JSON in them, as `datasets` writes values of several kinds, or structs, and what reads each."""
     for column in schema:
         if (decode := _decoder(column.type)) is not None:
             yield column.name, decode
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns a value of a type into one without JSON in it, or None where there is none in it."""
+    """What turns a value of a type into one with the JSON in it read and its structs as such; None: it is that already."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -191,13 +192,12 @@ def _decoder(kind: Any) -> Callable[[Any], Any] | None:
         return None if inner is None else lambda value: value if value is None else [inner(entry) for entry in value]
     if types.is_struct(kind):
         fields = {field.name: decode for field in kind if (decode := _decoder(field.type)) is not None}
-        if fields:
-            return lambda value: value if value is None else _with_decoded(value, fields)
+        return lambda value: value if value is None else _struct(value, fields)
     return None
 
 
-def _with_decoded(value: dict[str, Any], fields: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    return {key: fields[key](entry) if key in fields else entry for key, entry in value.items()}
+def _struct(value: dict[str, Any], fields: dict[str, Callable[[Any], Any]]) -> Struct:
+    return Struct({key: fields[key](entry) if key in fields else entry for key, entry in value.items()})
 
 
 def _check_buffers(batch: Any) -> None:

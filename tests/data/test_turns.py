@@ -3,8 +3,11 @@
 import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from shown import encoded, refusal, shown
 
@@ -13,6 +16,7 @@ from rlhf.data.collate import collate_sft
 from rlhf.data.conversation import Refused
 from rlhf.data.encode import OPENING, REWRITTEN, SPACED
 from rlhf.data.formats import conversations
+from rlhf.data.readers import read_rows
 from rlhf.models.tokenizer import DEFAULT_TEMPLATE, SCRATCH_TEMPLATE
 from rlhf.rollout.prompts import prompt_batch
 
@@ -310,6 +314,44 @@ def test_labels_of_bad_answers(label: Any) -> None:
     assert refusal({"prompt": "a", "completion": "b", "label": label}, ANSWER) == "labelled as a bad answer"
     for wrong in ("good", 2, "2", [True]):
         assert "must be true or false" in refusal({"prompt": "a", "completion": "b", "label": wrong}, ANSWER)
+
+
+def test_nulls_of_calls_and_tools_are_kept_and_those_of_tables_are_not(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"unit": {"type": "string", "default": None}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    arguments = {"city": "Rome", "unit": None, "days": [1, None, {"x": None}]}
+
+    def fields(row: dict[str, Any]) -> tuple[Any, Any]:
+        (found,) = conversations([("here", row)], CHAT, name="main")
+        assert not isinstance(found, Refused), found.reason
+        (call,) = json.loads(found.chosen_fields)["tool_calls"]
+        return json.loads(found.messages[0].fields)["tools"], call["function"].get("arguments")
+
+    for given in (arguments, json.dumps(arguments)):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": given}}]
+        for written in (calls, json.dumps(calls), calls[0]["function"]):
+            turns = [user("a"), assistant(None, tool_calls=written)]
+            assert fields({"messages": turns, "tools": tools}) == (tools, arguments)
+            assert fields({"messages": json.dumps(turns), "tools": json.dumps(tools)}) == (tools, arguments)
+    # A struct of a table has the keys of all rows: null are those that its own row lacks.
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "Rome"}}},
+        {"function": {"name": "f", "arguments": {"x": 1}}},
+    ]
+    rows = [{"messages": [user("a"), assistant("b", tool_calls=[call])], "tools": tools} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row for _, row in read_rows(tmp_path / "rows.parquet", source="main", limit=10**6)]
+    assert read[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "x": None}
+    told = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    told[0]["function"]["parameters"]["properties"] = {"unit": {"type": "string"}}
+    assert [fields(row) for row in read] == [(told, {"city": "Rome"}), (told, {"x": 1})]
+    # As text they stand as they were written.
+    texts = [{"messages": json.dumps([user("a"), assistant("b", tool_calls=[{"name": "f", "arguments": arguments}])])}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**texts[0], "tools": json.dumps(tools)}]), tmp_path / "t.parquet"
+    )
+    ((_, row),) = read_rows(tmp_path / "t.parquet", source="main", limit=10**6)
+    assert fields(row) == (tools, arguments)
 
 
 def test_what_nobody_reads_is_counted(tokenizer_of: Callable[..., Any]) -> None:
