@@ -10,7 +10,7 @@ from rlhf.config.regular import open_regular
 from rlhf.config.terminal import shown_name
 from rlhf.data.arrow_sizes import check_batches
 from rlhf.data.conversation import Struct
-from rlhf.data.json_rows import parsed
+from rlhf.data.json_rows import JsonError, parsed
 from rlhf.data.parquet_pages import RowGroup, row_groups
 from rlhf.data.text_files import Rows, bad_row, too_long
 
@@ -143,6 +143,8 @@ def batch_rows(
                     row[name] = decode(row[name])
             except UnicodeDecodeError as error:
                 yield bad_row(where, f"not valid UTF-8 ({error.reason})")
+            except JsonError as error:
+                yield bad_row(where, str(error))
             except (ValueError, OverflowError) as error:
                 yield bad_row(where, f"a value that Python does not have ({error})")
             else:
@@ -179,7 +181,7 @@ def _decoders(schema: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns a value of a type into one with the JSON in it read and its structs as such; None: it is that already."""
+    """What reads the JSON in a value of a type and tells its structs from JSON's objects; None: there is neither."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):

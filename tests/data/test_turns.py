@@ -454,6 +454,27 @@ def test_messages_that_are_written_out_as_text_are_never_learnt(text: str) -> No
     assert "written out as text" in refusal({"prompt": "p", "completion": text}, ANSWER)
 
 
+def test_a_key_that_occurs_twice_in_a_cells_text_is_a_bad_row(tokenizer_of: Callable[..., Any]) -> None:
+    turns = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'
+    reason = "the key 'content' occurs twice in an object"
+    for text in (turns, turns.replace('"', "'"), turns.replace('"c"', "None")):
+        assert refusal({"messages": text}, CHAT) == f'"messages": {reason}'
+        assert refusal({"prompt": "p", "completion": text}, ANSWER) == f'"completion": {reason}'
+    assert reason in refusal({"prompt": '{"role": "user", "content": "a", "content": "b"}', "completion": "c"}, ANSWER)
+    calls = [{"function": {"name": "f", "arguments": '{"x": 1, "y": {"z": 1, "z": 2}}'}}]
+    row = {"messages": [user("a"), assistant(None, tool_calls=calls)]}
+    assert refusal(row, CHAT) == "\"messages\", message 2: the arguments of 'f': the key 'z' occurs twice in an object"
+    row = {"messages": [user("a"), assistant(None, tool_calls='[{"name": "f", "name": "g"}]')]}
+    assert "the key 'name' occurs twice" in refusal(row, CHAT)
+    row = {"messages": [user("a"), assistant("b")], "tools": '[{"name": "f", "name": "g"}]'}
+    assert refusal(row, CHAT) == "\"tools\": the key 'name' occurs twice in an object"
+    pairs = {"instruction": "i", "output": "o", "history": '[["a", {"b": 1, "b": 2}]]'}
+    assert "the key 'b' occurs twice" in refusal(pairs, SourceConfig(format="instruction"))
+    # What only looks like that is an answer.
+    answer = '{"x": 1, "x": 2}'
+    assert shown(tokenizer_of(), [{"prompt": "p", "completion": answer}], ANSWER)[0].endswith(f"«{answer}</s>»")
+
+
 def test_messages_that_were_written_as_json_twice_are_read(tokenizer_of: Callable[..., Any]) -> None:
     row = {"prompt": "p", "completion": json.dumps(json.dumps([assistant("a")]))}
     assert shown(tokenizer_of(), [row], ANSWER) == ["<s><|user|>p<|assistant|>«a</s>»"]

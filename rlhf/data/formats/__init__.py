@@ -300,7 +300,7 @@ def _with_shared(draft: Draft, cells: Cells, form: Format) -> Draft:
             raise BadRow(f"{cells.named('system')} is another system message than that of the messages")
         messages = (*(system or (Message("system", text),)), *rest)
     if "tools" in form.COLUMNS and cells.has("tools") and messages:
-        tools = tool_list(cells.value("tools"))
+        tools = tool_list(cells.value("tools"), cells.named("tools"))
         if tools is None:
             cells.read.discard(cells.columns.get("tools", "tools"))  # Of another kind: nobody reads it.
         else:
