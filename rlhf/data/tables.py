@@ -189,7 +189,14 @@ def _decoder(kind: Any) -> Callable[[Any], Any] | None:
             return lambda value: value if value is None else parsed(value)
         return _decoder(kind.storage_type)
     types = pyarrow.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    lists = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    if any(is_list(kind) for is_list in lists):
         inner = _decoder(kind.value_type)
         return None if inner is None else lambda value: value if value is None else [inner(entry) for entry in value]
     if types.is_struct(kind):

@@ -511,4 +511,17 @@ def test_a_pair_of_weight_0_is_counted_and_not_learnt(tokenizer_of: Callable[...
     pair = {"prompt": "p", "chosen": [assistant("a", weight=0)], "rejected": [assistant("b")]}
     found = encoded(tokenizer_of(), [pair], PAIR, stage="rm")
     assert not found.rows and found.dropped == {("main", "rm: an answer of weight 0"): 1}
-    assert not encoded(tokenizer_of(), [pair], PAIR, sft_on_rejected=True).rows
+    assert not encoded(tokenizer_of(), [pair], PAIR).rows
+    # Of either side, and in whatever column the worse answer stands.
+    other = {"prompt": "p", "chosen": [assistant("a")], "rejected": [assistant("b", weight=0)]}
+    scored = {"prompt": "p", "answer_0": other["rejected"], "answer_1": "a", "score_0": 1, "score_1": 2}
+    for row, source in ((other, PAIR), (scored, SourceConfig(format="scored_pair"))):
+        found = encoded(tokenizer_of(), [row], source, stage="rm")
+        assert not found.rows and found.dropped == {("main", "rm: an answer of weight 0"): 1}
+    # SFT learns each answer by its own weight.
+    start = "<s><|user|>p<|assistant|>"
+    assert shown(tokenizer_of(), [pair], PAIR, sft_on_rejected=True) == [f"{start}«b</s>»"]
+    assert shown(tokenizer_of(), [other], PAIR, sft_on_rejected=True) == [f"{start}«a</s>»"]
+    neither = {**pair, "rejected": [assistant("b", weight=0)]}
+    found = encoded(tokenizer_of(), [neither], PAIR, sft_on_rejected=True)
+    assert not found.rows and found.dropped == {("main", "sft: no answer that is to be learnt (weight 0)"): 1}

@@ -325,6 +325,7 @@ def _conversation(form: Format, row: Any, source: SourceConfig, *, name: str, wh
         chosen_fields="" if chosen is None else chosen.fields,
         rejected_fields="" if rejected is None else rejected.fields,
         learn=chosen is None or chosen.learn,
+        learn_rejected=rejected is None or rejected.learn,
         whole=draft.whole,
         source=name,
         where=where,
