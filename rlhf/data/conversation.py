@@ -30,9 +30,9 @@ class Conversation:
 
     `messages` is the prompt and ends with a user's or a tool's turn. `chosen` is None where the row is a prompt only,
     `rejected` where there is no worse answer to compare with; their `fields` and whether to `learn` them are those of
-    a Message. A plain text has no messages and is itself `chosen`. `whole`: the row is one conversation, of which every answer is as good as the
-    last. `source` is the source's name in the mix, `where` says which row it was, in words for an error message.
-    `extra` holds the columns that a scorer wants to see, `unread` names those that nobody read.
+    a Message. A plain text has no messages and is itself `chosen`. `whole`: the row is one conversation, of which every
+    answer is as good as the last. `source` is the source's name in the mix, `where` says which row it was, in words for
+    an error message. `extra` holds the columns that a scorer wants to see, `unread` names those that nobody read.
     """
 
     messages: tuple[Message, ...]

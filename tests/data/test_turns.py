@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def test_text_that_is_messages_is_read_as_messages_or_refused(tokenizer_of: Call
     assert "message 2 must be a mapping" in refusal({"messages": json.dumps([user("a"), "b"])}, CHAT)
 
 
-@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "true", "1", " TRUE ", "yes", "", None])
+@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "true", "1", " TRUE ", "yes"])
 def test_labels_as_tables_write_them(label: Any, tokenizer_of: Callable[..., Any]) -> None:
     assert len(shown(tokenizer_of(), [{"prompt": "a", "completion": "b", "label": label}], ANSWER)) == 1
 
@@ -314,6 +315,33 @@ def test_labels_of_bad_answers(label: Any) -> None:
     assert refusal({"prompt": "a", "completion": "b", "label": label}, ANSWER) == "labelled as a bad answer"
     for wrong in ("good", 2, "2", [True]):
         assert "must be true or false" in refusal({"prompt": "a", "completion": "b", "label": wrong}, ANSWER)
+    assert refusal({"messages": FOUR, "label": label}, CHAT) == "labelled as a bad answer"
+
+
+@pytest.mark.parametrize("label", [None, "", []])
+def test_a_label_that_says_nothing_is_dropped_and_counted(label: Any, tokenizer_of: Callable[..., Any]) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label}, {"messages": FOUR, "label": label}]
+    for row, source in zip(rows, (ANSWER, CHAT), strict=True):
+        (found,) = conversations([("here", row)], source, name="main")
+        assert isinstance(found, Refused) and not found.bad
+        assert found.reason == '"label" is null or empty, so nobody says that the answer is a good one'
+        # A column of that name that means something else.
+        assert len(shown(tokenizer_of(), [row], replace(source, columns={"label": "none"}))) == 1
+    assert len(shown(tokenizer_of(), [{"prompt": "a", "completion": "b"}], ANSWER)) == 1
+
+
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audio"])
+def test_rows_with_pictures_or_sound_are_refused(column: str, tokenizer_of: Callable[..., Any]) -> None:
+    for given in ("cat.png", ["cat.png"], {"bytes": b"x", "path": None}):
+        for row, source in (({"messages": FOUR}, CHAT), ({"prompt": "p", "chosen": "c", "rejected": "r"}, PAIR)):
+            assert refusal({**row, column: given}, source).startswith(
+                f'"{column}" is not empty: only text can be learnt'
+            )
+    for empty in (None, [], ""):
+        assert len(shown(tokenizer_of(), [{"messages": FOUR, column: empty}], CHAT)) == 1
+    assert (
+        len(shown(tokenizer_of(), [{column: "p", "completion": "c"}], replace(ANSWER, columns={"prompt": column}))) == 1
+    )
 
 
 def test_nulls_of_calls_and_tools_are_kept_and_those_of_tables_are_not(tmp_path: Path) -> None:
