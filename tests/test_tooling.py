@@ -1,5 +1,6 @@
 """The checks that check everything else: annotations are enforced in tests, and long code is found."""
 
+import re
 from pathlib import Path
 
 import jaxtyping
@@ -43,3 +44,25 @@ def test_long_functions_and_files_are_found(tmp_path: Path, capsys: pytest.Captu
     long.write_text("x = 1\n" * (MAX_FILE_LINES + 1))
     assert main([str(tmp_path)]) == 1
     assert f"{long}: {MAX_FILE_LINES + 1} lines" in capsys.readouterr().out
+
+
+def test_the_docs_name_tests_that_are_there() -> None:
+    """As `file.py::test` or `file.py`, relative to tests/; `::test` is of the file named before it in the line."""
+    root = Path(__file__).resolve().parents[1]
+    named: set[tuple[str, str]] = set()
+    for page in (*sorted((root / "docs").rglob("*.md")), root / "README.md"):
+        for line in page.read_text(encoding="utf-8").splitlines():
+            file = ""
+            for path, test in re.findall(
+                r"`(?:tests/)?((?:[\w-]+/)*test_\w+\.py|tests/[\w/]+\.py|)(?:::(\w+))?`", line
+            ):
+                file = path.removeprefix("tests/") or file
+                if path or test:
+                    named.add((file, test))
+    assert len(named) > 50
+    missing = [
+        f"{file}::{test}"
+        for file, test in sorted(named)
+        if not (found := root / "tests" / file).is_file() or (test and f"def {test}(" not in found.read_text("utf-8"))
+    ]
+    assert missing == []

@@ -5,6 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
+class Struct(dict[str, Any]):
+    """A mapping out of a table: what its row lacks of the keys that others have, the table has filled up with nulls."""
+
+
 @dataclass(frozen=True, slots=True)
 class Message:
     """One turn: `role` is system, user, assistant or tool.
@@ -25,10 +29,10 @@ class Conversation:
     """A prompt with the answers that are known for it.
 
     `messages` is the prompt and ends with a user's or a tool's turn. `chosen` is None where the row is a prompt only,
-    `rejected` where there is no worse answer to compare with; their `fields` are those of a Message. A plain text has
-    no messages and is itself `chosen`. `whole`: the row is one conversation, of which every answer is as good as the
-    last. `source` is the source's name in the mix, `where` says which row it was, in words for an error message.
-    `extra` holds the columns that a scorer wants to see, `unread` names those that nobody read.
+    `rejected` where there is no worse answer to compare with; their `fields` and whether to `learn` them are those of
+    a Message. A plain text has no messages and is itself `chosen`. `whole`: the row is one conversation, of which every
+    answer is as good as the last. `source` is the source's name in the mix, `where` says which row it was, in words for
+    an error message. `extra` holds the columns that a scorer wants to see, `unread` names those that nobody read.
     """
 
     messages: tuple[Message, ...]
@@ -40,6 +44,7 @@ class Conversation:
     chosen_fields: str = ""
     rejected_fields: str = ""
     learn: bool = True
+    learn_rejected: bool = True
     whole: bool = False
     unread: tuple[str, ...] = ()
 
@@ -50,8 +55,8 @@ class Conversation:
 
     def answer(self, side: str) -> Message | None:
         """The chosen or the rejected answer as a message."""
-        text = getattr(self, side)
-        return None if text is None else Message("assistant", text, getattr(self, f"{side}_fields"), self.learn)
+        text, learn = getattr(self, side), self.learn if side == "chosen" else self.learn_rejected
+        return None if text is None else Message("assistant", text, getattr(self, f"{side}_fields"), learn)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

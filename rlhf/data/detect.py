@@ -6,9 +6,9 @@ one reads. What remains must be one.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import islice
+from itertools import islice, product
 from typing import Any
 
 from rlhf.config.errors import DataError
@@ -16,7 +16,7 @@ from rlhf.config.schema import SourceConfig
 from rlhf.config.terminal import shown_name
 from rlhf.data.bad_rows import BadRows
 from rlhf.data.conversation import Refused
-from rlhf.data.formats import BadRow, Cells, DroppedRow, Format, format_module, format_names
+from rlhf.data.formats import BadRow, Cells, DroppedRow, Format, conversations, format_module, format_names, same_turns
 from rlhf.data.text_files import Rows
 
 # Rows of a file that are looked at, and those among which these are looked for where some cannot be read.
@@ -24,10 +24,20 @@ _ROWS, _TRIED = 50, 1000
 # Formats without an answer: chosen where no other one fits.
 _PLAIN = ("prompt", "text")
 _TRANSCRIPT = "transcript"
+_CONVERSATIONAL, _PREFERENCE = "conversational", "preference"
 _MESSAGES = "messages"
 # What others call the columns, for what is proposed and for what is not left unread without a word.
-_PROMPTS = ("question", "query", "instruction", "input", "problem", "post", "title", "prompt")
-_ANSWERS = ("response", "answer", "output", "reply", "solution", "summary", "target", "completion", "chosen", "text")
+_PROMPTS = ("prompt", "question", "query", "instruction", "input", "problem", "post", "title")
+_ANSWERS = (
+    *("response", "answer", "output", "reply", "solution", "summary", "target", "completion", "completions"),
+    *("chosen", "text"),
+)
+_ABOUT = ("input", "context")
+_BETTER = ("chosen", "preferred_output", "preferred", "chosen_response", "accepted")
+_WORSE = ("rejected", "non_preferred_output", "non_preferred", "dispreferred", "rejected_response")
+_TURNS = ("messages", "conversations", "conversation", "dialogue", "dialog", "chat", "turns")
+_BESIDE = {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
+_PROPOSED = 20
 _CONVERSATIONS = "conversations"
 
 
@@ -125,6 +135,8 @@ def _fitting(samples: Sequence[_Sample], source: SourceConfig) -> dict[str, list
                 _try(row, forms, source, one)
         fits &= {form for form in forms if tried.most(tried.there, form)}
     left = _without_weaker(fits, every)
+    if left == [_CONVERSATIONAL, _PREFERENCE] and _repeats(samples, forms, source):
+        left = [_PREFERENCE]
     if set(left) <= set(_PLAIN) and _answers(samples, every, source, left):
         return {}
     return {
@@ -168,6 +180,21 @@ def _without_weaker(fits: set[str], tried: _Tried) -> list[str]:
     return [form for form in left if not any(tried.used[form] < tried.used[other] for other in left)]
 
 
+def _repeats(samples: Sequence[_Sample], forms: Mapping[str, Format], source: SourceConfig) -> bool:
+    """Whether the messages of most rows are the prompt with one of its answers, as UltraFeedback has them."""
+    rows = [row for sample in samples for row in sample.rows]
+    found = 0
+    for row in rows:
+        try:
+            pair, alone = (forms[form].read(Cells(row, source.columns)) for form in (_PREFERENCE, _CONVERSATIONAL))
+        except (BadRow, DroppedRow):
+            continue
+        sides = [(*pair.messages, side) for side in (pair.chosen, pair.rejected) if side is not None]
+        whole = [*alone.messages, *([alone.chosen] if alone.chosen is not None else [])]
+        found += any(same_turns(side, whole, spacing=False) for side in sides)
+    return 2 * found >= len(rows)
+
+
 def _answers(samples: Sequence[_Sample], tried: _Tried, source: SourceConfig, forms: Sequence[str]) -> list[str]:
     """Columns that are called like answers, which formats without answers would leave unread."""
     used = {source.columns.get(column, column) for form in forms for column in tried.used[form]}
@@ -196,7 +223,7 @@ def _undecided(found: Mapping[str, list[str]], samples: Sequence[_Sample], sourc
     forms = "; ".join(f"{form} reads {', '.join(format_module(form, key=key).COLUMNS)}" for form in format_names())
     return (
         f"{key}: no format fits its rows, which have the columns {_listed(alone[0][1])}: set {key}.format, and where "
-        f"columns are called otherwise {key}.columns{_proposal(samples[0], key)}\n  {forms}"
+        f"columns are called otherwise {key}.columns{_proposal(samples[0], source, key)}\n  {forms}"
     )
 
 
@@ -204,21 +231,47 @@ def _listed(columns: Sequence[str]) -> str:
     return ", ".join(shown_name(column) for column in columns[:12]) + (", …" if len(columns) > 12 else "") or "none"
 
 
-def _proposal(sample: _Sample, key: str) -> str:
-    """Options that may be what is meant, told by the columns' names and values."""
-    row = sample.rows[0]
-    turns = [
-        column for column, value in row.items() if isinstance(value, list) and value and isinstance(value[0], Mapping)
-    ]
-    if turns and turns[0] not in ("chosen", "rejected"):
-        return f", as in  {key}.format=conversational +{key}.columns.messages={shown_name(turns[0])}"
-    names = {str(column).lower(): str(column) for column in row}
-    prompt = next((names[name] for name in _PROMPTS if name in names), None)
-    answer = next((names[name] for name in _ANSWERS if name in names and names[name] != prompt), None)
-    if prompt is None or answer is None:
-        return ""
-    given = {"prompt": prompt, "completion": answer}
-    changed = "".join(
-        f" +{key}.columns.{ours}={shown_name(theirs)}" for ours, theirs in given.items() if ours != theirs
+def _proposal(sample: _Sample, source: SourceConfig, key: str) -> str:
+    """Options that may be what is meant: the first ones with which the rows can be read."""
+    for form, given in _candidates(sample.rows[0]):
+        changed = {ours: theirs for ours, theirs in given.items() if ours != theirs}
+        tried = replace(source, format=form, columns={**source.columns, **changed})
+        if changed and _reads(sample, tried):
+            options = "".join(f" +{key}.columns.{ours}={shown_name(theirs)}" for ours, theirs in changed.items())
+            return f", as in  {key}.format={form}{options}"
+    return ""
+
+
+def _candidates(row: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Formats with the columns that may be meant, told by their names; those that read more of a row come first."""
+    paths = {str(column).lower(): str(column) for column in row}
+    for column, value in row.items():
+        inner = value if isinstance(value, Mapping) else {}
+        paths.update({key: f"{column}.{key}" for key in map(str, inner) if key not in paths})
+    beside = {ours: paths[name] for ours, names in _BESIDE.items() for name in names if name in paths}
+    turns = [str(column) for column, value in row.items() if isinstance(value, list)]
+    turns += [path for name, path in paths.items() if name in _TURNS and path not in turns]
+    prompts, answers, abouts, better, worse = (
+        [paths[name] for name in names if name in paths] for names in (_PROMPTS, _ANSWERS, _ABOUT, _BETTER, _WORSE)
     )
-    return f", as in  {key}.format=completion{changed}" if changed else ""
+    for chosen, rejected in product(better, worse):
+        for prompt in (*prompts, *turns):
+            yield "preference", {"prompt": prompt, "chosen": chosen, "rejected": rejected, **beside}
+        yield "preference", {"chosen": chosen, "rejected": rejected, **beside}
+    for prompt, about, answer in product(prompts, abouts, answers):
+        if len({prompt, about, answer}) == 3:
+            yield "instruction", {"instruction": prompt, "input": about, "output": answer, **beside}
+    if worse:
+        return  # What only reads the better answers would lose the others.
+    for column in turns:
+        yield "conversational", {"messages": column, **beside}
+    for prompt, answer in product(prompts, answers):
+        if prompt != answer:
+            yield "completion", {"prompt": prompt, "completion": answer, **beside}
+
+
+def _reads(sample: _Sample, source: SourceConfig) -> bool:
+    """Whether a source's options read most of the first rows."""
+    rows = [(sample.name, row) for row in sample.rows[:_PROPOSED]]
+    read = [not isinstance(entry, Refused) or not entry.bad for entry in conversations(rows, source, name="")]
+    return 2 * sum(read) >= len(read)

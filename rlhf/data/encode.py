@@ -283,11 +283,12 @@ class Encoder:
         row = {**row, "prompt_targets": targets, "answer_is_target": conversation.learn}
         if conversation.learn or targets:
             self._append(found, part, conversation, {**row, **_no_rejected()})
-        if self.data.sft_on_rejected and row["rejected_ids"] is not None and conversation.learn:
+        rejected = self.data.sft_on_rejected and row["rejected_ids"] is not None and conversation.learn_rejected
+        if rejected:
             chosen = {f"chosen_{key}": row[f"rejected_{key}"] for key in ("ids", "text", "truncated")}
             chosen["answer_is_target"] = True
             self._append(found, part, conversation, {**row, **chosen, **_no_rejected(), "prompt_targets": []})
-        return None if conversation.learn or targets or spans is None else _NO_TARGET
+        return None if conversation.learn or targets or rejected or spans is None else _NO_TARGET
 
     def _earlier(self, conversation: Conversation, prompt_ids: list[int]) -> list[tuple[int, int]] | None:
         """Where the loss is on answers within the prompt; None if they have to be learnt as rows of their own."""
@@ -330,7 +331,7 @@ class Encoder:
     def _add_rm(self, found: Encoded, part: Part, conversation: Conversation, row: Row) -> str | None:
         if row["rejected_ids"] is None:
             return "rm: no rejected answer"
-        if not conversation.learn:
+        if not conversation.learn or not conversation.learn_rejected:
             return "rm: an answer of weight 0"
         if row["chosen_ids"] == row["rejected_ids"]:
             return "rm: both answers equal"

@@ -7,7 +7,7 @@ a time.
 import io
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -21,7 +21,16 @@ _SPACE = re.compile(r"\s*")
 # What an object around all rows calls their list.
 _LISTS = ("data", "rows", "examples", "train", "items", "records", "instances", "samples", "results", "dataset")
 _OF_MESSAGES = {"role", "from", "content", "value"}
+TOO_DEEP = "nested too deeply"
 _WANTED = "must hold a JSON array of rows, or one object in each line"
+
+
+class JsonError(ValueError):
+    """Text that is no JSON, or none that can be used; the message gives the reason."""
+
+
+class RepeatedKeyError(JsonError):
+    """An object in which a key occurs twice."""
 
 
 class _RowError(ValueError):
@@ -77,31 +86,33 @@ def _is_array(line: bytes, *, more: bool) -> bool:
 
 
 def parsed(text: bytes | str) -> Any:
-    """The value that a text is in JSON; raises ValueError with the reason."""
+    """The value that a text is in JSON; raises JsonError with the reason."""
     try:
         return _DECODER.decode(text if isinstance(text, str) else text.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from error
+        raise JsonError(f"not valid UTF-8 ({error.reason} at byte {error.start})") from error
     except RecursionError as error:
-        raise ValueError("nested too deeply") from error
+        raise JsonError(TOO_DEEP) from error
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
-            raise ValueError("not valid JSON (a comma behind the object: a line holds an object alone)") from error
-        raise ValueError(f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})") from error
-    except _RowError:
+            raise JsonError("not valid JSON (a comma behind the object: a line holds an object alone)") from error
+        raise JsonError(f"not valid JSON ({error.msg.removesuffix(' at')} at character {error.pos + 1})") from error
+    except RepeatedKeyError:
         raise
     except ValueError as error:  # Python refuses to compute with numbers of thousands of digits.
-        raise ValueError("a number in it has too many digits") from error
+        raise JsonError("a number in it has too many digits") from error
+
+
+def check_keys(keys: Sequence[Any]) -> None:
+    """Raise RepeatedKeyError where two keys of an object are the same: of two values one would be lost."""
+    if len(set(keys)) < len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {twice!r:.80} occurs twice in an object")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object, whose keys must differ: of two values one would be lost."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise _RowError(f"the key {twice!r:.80} occurs twice in an object")
-    return found
+    check_keys([key for key, _ in pairs])
+    return dict(pairs)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
@@ -189,7 +200,7 @@ class _Text:
         try:
             # Bytes that are no UTF-8 were kept as halves of surrogate pairs.
             return parsed(text.encode("utf-8", "surrogateescape"))
-        except ValueError as error:
+        except JsonError as error:
             raise _RowError(str(error)) from error
 
 
@@ -292,6 +303,8 @@ def _alone(path: Path, found: Any) -> Rows:
         )
     if not lists:
         yield f"{shown_name(path)}:1", found
+    elif others := [key for key, value in found.items() if key not in lists and _has_rows(value)]:
+        raise DataError(_several(path, [*lists, *others]))
     for key in lists:
         for number, row in enumerate(found[key], start=1):
             yield f"{shown_name(path)}: row {number}", row
@@ -312,6 +325,11 @@ def _are_rows(value: Any) -> bool:
     )
 
 
+def _has_rows(value: Any) -> bool:
+    """Whether some of a value may be rows: beside the list that is read they would be lost."""
+    return isinstance(value, list) and any(isinstance(entry, Mapping) for entry in value)
+
+
 def _are_columns(found: Mapping[str, Any]) -> bool:
     """Whether all values are texts or numbers by position: as lists of the same length, or keyed by number."""
     lengths = {len(value) if isinstance(value, list | Mapping) else 0 for value in found.values()}
@@ -329,6 +347,7 @@ def _is_nested(value: Any) -> bool:
 def _around(path: Path, limit: int) -> Rows:
     """The rows of one large object, which has them in a list."""
     names: list[str] = []
+    others: list[str] = []
     with _opened(path) as file:
         text = _Text(file, limit)
         try:
@@ -339,11 +358,13 @@ def _around(path: Path, limit: int) -> Rows:
                 text.take(":")
                 if key in _LISTS and text.peek() == "[":
                     names.append(key)
-                    if len(names) > 1:
-                        raise DataError(_several(path, names))
+                    if len(names) > 1 or others:
+                        raise DataError(_several(path, [*names, *others]))
                     yield from _elements(text, path)
-                else:
-                    text.value()
+                elif _has_rows(text.value()):
+                    others.append(key)
+                    if names:
+                        raise DataError(_several(path, [*names, *others]))
                 end = text.take(",", "}")
         except _RowError as error:
             raise DataError(
@@ -352,3 +373,5 @@ def _around(path: Path, limit: int) -> Rows:
             ) from None
         except _SyntaxError as error:
             raise DataError(f"{shown_name(path)}: not valid JSON ({error})") from None
+    if not names:
+        yield bad_row(f"{shown_name(path)}:1", too_long(limit))

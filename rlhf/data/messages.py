@@ -6,7 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf.data.conversation import Message
+from rlhf.data import json_rows
+from rlhf.data.conversation import Message, Struct
+from rlhf.data.json_rows import RepeatedKeyError
 
 ROLES = ("system", "user", "assistant", "tool")
 # What others call the roles: ShareGPT, OpenAssistant, OpenAI (developer), Gemma (model), LLaMA-Factory (observation).
@@ -21,6 +23,7 @@ _LIKE_MAPPINGS = re.compile(r"""\s*\[?\s*\{\s*(['"])\w+\1\s*:""")
 _LIKE_MESSAGE = re.compile(
     r"""\s*\[\s*\{(?:\s*(['"])(?:role|from|content|value)\1\s*:|[^{}]{0,200}?(['"])(?:role|from)\2\s*:)"""
 )
+_LIKE_ONE = re.compile(r"""\s*\{[^{}]{0,200}?(['"])(?:role|from)\1\s*:""")
 _TWICE = re.compile(r'\s*"\s*[\[{]')
 # Python text costs a hundred times its length to parse.
 _LONGEST_PYTHON = 4 * 1024**2
@@ -62,6 +65,10 @@ def message_list(value: Any, what: str) -> list[Any] | None:
             return None
         try:
             value = parsed(value)
+        except RepeatedKeyError as error:
+            if _LIKE_MESSAGE.match(value) or _LIKE_ONE.match(value):
+                raise BadRow(f"{what}: {error}") from None
+            return None
         except ValueError as error:
             if _LIKE_MESSAGE.match(value):
                 raise BadRow(f"{what} looks like messages written out as text, which cannot be read: {error}") from None
@@ -91,19 +98,30 @@ def _decoded_once(text: str) -> str:
 
 
 def parsed(text: str) -> Any:
-    """What a text is in JSON or else in Python's notation; raises ValueError with the reason."""
+    """What a text is in JSON or else in Python's notation; raises ValueError with the reason.
+
+    That is RepeatedKeyError where nothing but a key that occurs twice speaks against it.
+    """
     try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
+        return json_rows.parsed(text)
+    except RepeatedKeyError:
+        raise
     except ValueError as error:
         reason = str(error)
+    if reason == json_rows.TOO_DEEP:
+        raise ValueError(reason)
     if len(text) > _LONGEST_PYTHON:
-        raise ValueError(f"it is not JSON ({reason}), and too long to be read as Python")
+        raise ValueError(f"{reason}, and too long to be read as Python")
     try:
-        return ast.literal_eval(text.strip())
+        tree = ast.parse(text.strip(), mode="eval")
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                json_rows.check_keys([key.value for key in node.keys if isinstance(key, ast.Constant)])
+        return ast.literal_eval(tree)
+    except RepeatedKeyError:
+        raise
     except (ValueError, SyntaxError, MemoryError, RecursionError):
-        raise ValueError(f"it is neither JSON ({reason}) nor a Python list") from None
+        raise ValueError(f"{reason}, and no Python list either") from None
 
 
 def _is_message(value: Any) -> bool:
@@ -145,7 +163,7 @@ def message(entry: Any, what: str) -> Message:
     if "tool_calls" in rest:
         rest["tool_calls"] = _calls(rest["tool_calls"], what)
     if "tools" in rest:
-        rest["tools"] = tool_list(rest["tools"])
+        rest["tools"] = tool_list(rest["tools"], f"{what}: tools")
         if rest["tools"] is None:
             raise BadRow(f"{what}: tools must be a list of objects")
     may_be_empty = name == "tool" or (name == "assistant" and "tool_calls" in rest)
@@ -194,19 +212,27 @@ def _calls(value: Any, what: str) -> list[Any]:
         given = function.get("arguments")
         if isinstance(given, str):
             try:
-                given = json.loads(given) if given.strip() else {}
-            except (ValueError, RecursionError):
-                raise BadRow(f"{what}: the arguments of {function['name']!r:.40} are not valid JSON") from None
-        outer = {"type": "function", **call} if "function" in call else {"type": "function"}
-        found.append({**outer, "function": {**function, "arguments": given}})
+                given = json_rows.parsed(given) if given.strip() else {}
+            except ValueError as error:
+                raise BadRow(f"{what}: the arguments of {function['name']!r:.40}: {error}") from None
+        own = {"arguments": given} if given is not None else {}
+        function = _like(function, {**{key: entry for key, entry in function.items() if key != "arguments"}, **own})
+        outer = call if "function" in call else {}
+        found.append(_like(call, {"type": "function", **outer, "function": function}))
     return found
 
 
-def tool_list(value: Any) -> list[Any] | None:
-    """The functions that a cell lists, as objects or as their JSON; None where it is something else."""
+def _like(one: Mapping[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    return Struct(other) if isinstance(one, Struct) else other
+
+
+def tool_list(value: Any, what: str) -> list[Any] | None:
+    """The functions that a cell lists, as objects or as their JSON; None where it is something else. Raises BadRow."""
     if isinstance(value, str):
         try:
             value = parsed(value)
+        except RepeatedKeyError as error:
+            raise BadRow(f"{what}: {error}") from None
         except ValueError:
             return None
     if not isinstance(value, list) or not value or not all(isinstance(entry, Mapping) for entry in value):
@@ -215,20 +241,22 @@ def tool_list(value: Any) -> list[Any] | None:
 
 
 def _fields(rest: Mapping[str, Any], what: str) -> str:
-    """JSON of further keys of a message, without nulls; empty if there are none."""
+    """JSON of further keys of a message; empty if there are none."""
     if not rest:
         return ""
     try:
-        text = json.dumps(_without_nulls(rest), ensure_ascii=False, default=str)
+        text = json.dumps(_without_filling(rest), ensure_ascii=False, default=str)
     except (RecursionError, ValueError, TypeError):
         raise BadRow(f"{what}: {', '.join(rest):.60} cannot be written as JSON") from None
     return checked_text(text, what)
 
 
-def _without_nulls(value: Any) -> Any:
+def _without_filling(value: Any) -> Any:
+    """A value without the nulls with which a table fills up structs; every other null was written by somebody."""
     if isinstance(value, Mapping):
-        return {str(key): _without_nulls(entry) for key, entry in value.items() if entry is not None}
-    return [_without_nulls(entry) for entry in value] if isinstance(value, list) else value
+        filled = isinstance(value, Struct)
+        return {str(key): _without_filling(entry) for key, entry in value.items() if not (filled and entry is None)}
+    return [_without_filling(entry) for entry in value] if isinstance(value, list) else value
 
 
 def with_tools(messages: tuple[Message, ...], tools: list[Any], what: str) -> tuple[Message, ...]:

@@ -119,6 +119,8 @@ class _Compact:
         if kind == _STRUCT:
             return self.struct(depth + 1)
         if kind in (_LIST, _SET):
+            if depth > _DEEPEST:
+                raise ValueError("nested too deeply")
             byte = self._byte()
             length = byte >> 4 if byte >> 4 < 15 else self._unsigned()
             if length > len(self._content):

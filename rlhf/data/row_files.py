@@ -38,14 +38,15 @@ class RowFiles:
     left_out: Counter[str] = field(default_factory=Counter)
 
 
-def find_row_files(path: Path, *, split: str, endings: Sequence[str]) -> RowFiles:
+def find_row_files(path: Path, *, split: str, endings: Sequence[str], key: str) -> RowFiles:
     """The files with rows that a path names; raises DataError for what cannot be read, OSError for a path that is none.
 
-    `split` is which part of a saved DatasetDict is read, or of a directory whose names tell parts.
+    `split` is which part of a saved DatasetDict is read, or of a directory whose names tell parts; `key` is the option
+    that sets it.
     """
     if kind_of(path) != "directory":
         return RowFiles(files=[path])
-    walk = _Walk(split, tuple(endings))
+    walk = _Walk(split, tuple(endings), key)
     try:
         walk.folder(path)
     except RecursionError as error:
@@ -61,8 +62,8 @@ def has_ending(name: str, endings: Sequence[str]) -> bool:
 class _Walk:
     """Goes through a directory in the order of names."""
 
-    def __init__(self, split: str, endings: tuple[str, ...]) -> None:
-        self._split, self._endings = split, endings
+    def __init__(self, split: str, endings: tuple[str, ...], key: str) -> None:
+        self._split, self._endings, self._key = split, endings, key
         self._seen: set[tuple[int, int]] = set()
         self._found = RowFiles()
         self._chosen: set[Path] = set()  # Files of saved sets: their names tell no split.
@@ -127,8 +128,13 @@ class _Walk:
         splits = [str(name) for name in _as_list(_read_object(directory / _SAVED_DICT).get("splits"))]
         if self._split not in splits or self._split != os.path.basename(self._split):
             listed = ", ".join(shown_name(name) for name in splits) or "none"
+            # Hub sets have several trainings in one: train_sft, train_prefs.
+            wanted = _split_in([self._split])
+            meant = next((name for name in splits if wanted is not None and _split_in([name]) == wanted), None)
+            told = f"set {self._key}={shown_name(meant)}" if meant else f"name one of them in {self._key}"
             raise DataError(
-                f"{shown_name(directory)} is a saved DatasetDict with the splits {listed}, without {self._split}"
+                f"{shown_name(directory)} is a saved DatasetDict with the splits {listed}, without "
+                f"{shown_name(self._split)}: {told}"
             )
         for name in splits:
             if name != self._split:

@@ -9,7 +9,8 @@ from rlhf.config.errors import DataError
 from rlhf.config.regular import open_regular
 from rlhf.config.terminal import shown_name
 from rlhf.data.arrow_sizes import check_batches
-from rlhf.data.json_rows import parsed
+from rlhf.data.conversation import Struct
+from rlhf.data.json_rows import JsonError, parsed
 from rlhf.data.parquet_pages import RowGroup, row_groups
 from rlhf.data.text_files import Rows, bad_row, too_long
 
@@ -142,6 +143,8 @@ def batch_rows(
                     row[name] = decode(row[name])
             except UnicodeDecodeError as error:
                 yield bad_row(where, f"not valid UTF-8 ({error.reason})")
+            except JsonError as error:
+                yield bad_row(where, str(error))
             except (ValueError, OverflowError) as error:
                 yield bad_row(where, f"a value that Python does not have ({error})")
             else:
@@ -171,14 +174,14 @@ def _row_bytes(row: Any) -> int:
 
 
 def _decoders(schema: Any) -> Iterator[tuple[str, Callable[[Any], Any]]]:
-    """The columns that hold JSON, as `datasets` writes values of several kinds, each with what reads its values."""
+    """The columns with JSON in them, as `datasets` writes values of several kinds, or structs, and what reads each."""
     for column in schema:
         if (decode := _decoder(column.type)) is not None:
             yield column.name, decode
 
 
 def _decoder(kind: Any) -> Callable[[Any], Any] | None:
-    """What turns a value of a type into one without JSON in it, or None where there is none in it."""
+    """What reads the JSON in a value of a type and tells its structs from JSON's objects; None: there is neither."""
     import pyarrow
 
     if isinstance(kind, pyarrow.BaseExtensionType):
@@ -186,18 +189,24 @@ def _decoder(kind: Any) -> Callable[[Any], Any] | None:
             return lambda value: value if value is None else parsed(value)
         return _decoder(kind.storage_type)
     types = pyarrow.types
-    if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+    lists = (
+        types.is_list,
+        types.is_large_list,
+        types.is_fixed_size_list,
+        types.is_list_view,
+        types.is_large_list_view,
+    )
+    if any(is_list(kind) for is_list in lists):
         inner = _decoder(kind.value_type)
         return None if inner is None else lambda value: value if value is None else [inner(entry) for entry in value]
     if types.is_struct(kind):
         fields = {field.name: decode for field in kind if (decode := _decoder(field.type)) is not None}
-        if fields:
-            return lambda value: value if value is None else _with_decoded(value, fields)
+        return lambda value: value if value is None else _struct(value, fields)
     return None
 
 
-def _with_decoded(value: dict[str, Any], fields: dict[str, Callable[[Any], Any]]) -> dict[str, Any]:
-    return {key: fields[key](entry) if key in fields else entry for key, entry in value.items()}
+def _struct(value: dict[str, Any], fields: dict[str, Callable[[Any], Any]]) -> Struct:
+    return Struct({key: fields[key](entry) if key in fields else entry for key, entry in value.items()})
 
 
 def _check_buffers(batch: Any) -> None:

@@ -43,6 +43,14 @@ def taken(path: Path, **options: Any) -> tuple[str, list[str]]:
         ({"prompt": "p", "completion": "c", "label": True, "text": "p c"}, "completion"),
         ({"prompt": ASKED, "completion": TURNS[1:]}, "completion"),
         ({"messages": TURNS}, "conversational"),
+        ({"messages": TURNS, "label": True}, "conversational"),
+        (
+            {"prompt": "Hi", "prompt_id": "x", "chosen": TURNS, "rejected": WORSE, "messages": TURNS}
+            | {"score_chosen": 8.0, "score_rejected": 2.5},
+            "preference",
+        ),
+        ({"text": "t", "label": 0}, "text"),
+        ({"text": "t", "label": 1, "label_text": "pos"}, "text"),
         ({"prompt": "Hi", "prompt_id": "x", "messages": TURNS, "category": "QA"}, "conversational"),
         ({"messages": TURNS, "text": "Hi Hello."}, "conversational"),
         (
@@ -106,6 +114,44 @@ def test_values_count_where_columns_do_not_tell(tmp_path: Path) -> None:
             {"prompt": "p", "response": "r"},
             "data.sources.main.format=completion +data.sources.main.columns.completion=",
         ),
+        (
+            {"system": "s", "question": "q", "chosen": "c", "rejected": "r"},
+            "as in  data.sources.main.format=preference +data.sources.main.columns.prompt=question\n",
+        ),
+        (
+            {"input": "q", "chosen": "c", "rejected": "r"},
+            "as in  data.sources.main.format=preference +data.sources.main.columns.prompt=input\n",
+        ),
+        (
+            {
+                "input": {"messages": ASKED, "tools": []},
+                "preferred_output": TURNS[1:],
+                "non_preferred_output": WORSE[1:],
+            },
+            "as in  data.sources.main.format=preference +data.sources.main.columns.prompt=input.messages "
+            "+data.sources.main.columns.chosen=preferred_output "
+            "+data.sources.main.columns.rejected=non_preferred_output +data.sources.main.columns.tools=input.tools\n",
+        ),
+        (
+            {"instruction": "i", "context": "", "response": "r", "category": "x"},
+            "as in  data.sources.main.format=instruction +data.sources.main.columns.input=context "
+            "+data.sources.main.columns.output=response\n",
+        ),
+        (
+            {"system_prompt": "s", "question": "q", "response": "r"},
+            "as in  data.sources.main.format=completion +data.sources.main.columns.prompt=question "
+            "+data.sources.main.columns.completion=response +data.sources.main.columns.system=system_prompt\n",
+        ),
+        (
+            {"question": "q", "response": "r", "label": False},
+            "as in  data.sources.main.format=completion +data.sources.main.columns.prompt=question "
+            "+data.sources.main.columns.completion=response\n",
+        ),
+        # What no format reads gets no proposal.
+        ({"segments": [{"label": True, "text": "t"}]}, "data.sources.main.columns\n"),
+        ({"conversation": [{"input": "q", "output": "a"}]}, "data.sources.main.columns\n"),
+        ({"instruction": "i", "completions": [{"model": "m", "response": "r"}]}, "data.sources.main.columns\n"),
+        ({"prompt": "p", "completions": ["a", "b"], "labels": [True, False]}, "data.sources.main.columns\n"),
         ({"dialogue": TURNS}, "data.sources.main.format=conversational +data.sources.main.columns.messages=dialogue"),
         ({"prompt": "p", "chosen": "c"}, "no format fits its rows, which have the columns prompt, chosen"),
         ({"\x1b]0;x\x07": "p"}, r"the columns \x1b]0;x\x07"),
@@ -147,3 +193,10 @@ def test_columns_of_no_format_are_told_before_anything_is_read() -> None:
     ]
     data = DataConfig(sources={"main": SourceConfig(kind="hub", path="a/b", format="atuo")})
     assert "did you mean auto?" in "".join(source_problems(data))
+
+
+def test_a_column_that_no_format_can_read_leaves_one_format(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, {"prompt": [{"role": "robot", "content": "x"}]})
+    assert taken(path)[0] == "prompt"
+    with pytest.raises(DataError, match="has the role 'robot'"):
+        list(read_source(SourceConfig(path=str(path)), name="main", on_bad_row=OnProblem.error))

@@ -70,6 +70,34 @@ def test_one_object_alone_is_a_row_unless_it_holds_rows(ending: str, tmp_path: P
 
 
 @pytest.mark.parametrize(
+    ("content", "lists"),
+    [
+        ({"data": [ROW] * 4, "more": [OTHER] * 400}, "data, more"),
+        ({"more": [OTHER] * 400, "data": [ROW] * 4}, "data, more"),
+        ({"train": [ROW], "test": [OTHER, "x"]}, "train, test"),
+        ({"examples": [ROW] * 2, "validation": [OTHER] * 20, "version": 1}, "examples, validation"),
+        ({"data": [ROW], "train": [OTHER]}, "data, train"),
+    ],
+)
+def test_rows_in_other_lists_are_not_lost(content: dict[str, Any], lists: str, tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=rf"rows\.json holds several lists of rows \({lists}\): save the one to"):
+        read(path)
+    # The same where the object is longer than a row may be.
+    names = "|".join([lists, ", ".join(reversed(lists.split(", ")))])
+    with pytest.raises(DataError, match=rf"several lists of rows \(({names})\)"):
+        list(read_rows(path, source="main", limit=len(json.dumps(content)) - 10))
+
+
+def test_a_long_object_without_rows_in_a_list_is_a_row_that_is_too_long(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"prompt": "p" * 60, "completion": "c" * 60}))
+    (found,) = read_rows(path, source="main", limit=100)
+    assert isinstance(found, Refused) and found.reason.startswith("longer than 100 bytes")
+
+
+@pytest.mark.parametrize(
     ("line", "reason"),
     [
         (f"{LINE},", "not valid JSON (a comma behind the object: a line holds an object alone)"),

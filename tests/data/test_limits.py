@@ -167,3 +167,10 @@ def test_a_footer_with_fewer_columns_than_the_schema_does_not_end_the_process(tm
             refused += 1
             assert str(path) in str(error) or "has no usable row" in str(error)
     assert refused > 50
+
+
+def test_a_footer_of_nested_lists_is_no_parquet(tmp_path: Path) -> None:
+    path, footer = tmp_path / "rows.parquet", b"\x49" + b"\x19" * 5000  # A field that is a list of lists of lists …
+    path.write_bytes(b"PAR1" + footer + struct.pack("<i", len(footer)) + b"PAR1")
+    with pytest.raises(DataError, match=r"rows\.parquet: not valid Parquet \(its footer cannot be read\)"):
+        read(path)

@@ -73,8 +73,15 @@ def test_of_a_saved_dict_the_split_is_read_that_is_asked_for(tmp_path: Path) -> 
     assert notes(tmp_path / "saved")[0] == "main: 1 file read, left out: 1 of split test"
     assert prompts(tmp_path / "saved", split="test") == ["test"] * 2
     assert prompts(tmp_path / "saved" / "test") == ["test"] * 2
-    with pytest.raises(DataError, match="a saved DatasetDict with the splits train, test, without dev"):
+    said = "a saved DatasetDict with the splits train, test, without dev: name one of them in data.sources.main.split"
+    with pytest.raises(DataError, match=said):
         prompts(tmp_path / "saved", split="dev")
+    parts = {f"{name}_sft": part for name, part in parts.items()}
+    DatasetDict(parts).save_to_disk(str(tmp_path / "several"))
+    said = "the splits train_sft, test_sft, without train: set data.sources.main.split=train_sft"
+    with pytest.raises(DataError, match=said):
+        prompts(tmp_path / "several")
+    assert prompts(tmp_path / "several", split="train_sft") == prompts(tmp_path / "saved")
     digests = {content_digest(SourceConfig(path=str(tmp_path / "saved"), split=s), name="x") for s in ("train", "test")}
     assert len(digests) == 2
 

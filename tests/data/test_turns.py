@@ -3,8 +3,12 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 from shown import encoded, refusal, shown
 
@@ -13,6 +17,7 @@ from rlhf.data.collate import collate_sft
 from rlhf.data.conversation import Refused
 from rlhf.data.encode import OPENING, REWRITTEN, SPACED
 from rlhf.data.formats import conversations
+from rlhf.data.readers import read_rows
 from rlhf.models.tokenizer import DEFAULT_TEMPLATE, SCRATCH_TEMPLATE
 from rlhf.rollout.prompts import prompt_batch
 
@@ -300,7 +305,7 @@ def test_text_that_is_messages_is_read_as_messages_or_refused(tokenizer_of: Call
     assert "message 2 must be a mapping" in refusal({"messages": json.dumps([user("a"), "b"])}, CHAT)
 
 
-@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "true", "1", " TRUE ", "yes", "", None])
+@pytest.mark.parametrize("label", [True, 1, 1.0, "True", "true", "1", " TRUE ", "yes"])
 def test_labels_as_tables_write_them(label: Any, tokenizer_of: Callable[..., Any]) -> None:
     assert len(shown(tokenizer_of(), [{"prompt": "a", "completion": "b", "label": label}], ANSWER)) == 1
 
@@ -310,6 +315,71 @@ def test_labels_of_bad_answers(label: Any) -> None:
     assert refusal({"prompt": "a", "completion": "b", "label": label}, ANSWER) == "labelled as a bad answer"
     for wrong in ("good", 2, "2", [True]):
         assert "must be true or false" in refusal({"prompt": "a", "completion": "b", "label": wrong}, ANSWER)
+    assert refusal({"messages": FOUR, "label": label}, CHAT) == "labelled as a bad answer"
+
+
+@pytest.mark.parametrize("label", [None, "", []])
+def test_a_label_that_says_nothing_is_dropped_and_counted(label: Any, tokenizer_of: Callable[..., Any]) -> None:
+    rows = [{"prompt": "a", "completion": "b", "label": label}, {"messages": FOUR, "label": label}]
+    for row, source in zip(rows, (ANSWER, CHAT), strict=True):
+        (found,) = conversations([("here", row)], source, name="main")
+        assert isinstance(found, Refused) and not found.bad
+        assert found.reason == '"label" is null or empty, so nobody says that the answer is a good one'
+        # A column of that name that means something else.
+        assert len(shown(tokenizer_of(), [row], replace(source, columns={"label": "none"}))) == 1
+    assert len(shown(tokenizer_of(), [{"prompt": "a", "completion": "b"}], ANSWER)) == 1
+
+
+@pytest.mark.parametrize("column", ["image", "images", "videos", "audio"])
+def test_rows_with_pictures_or_sound_are_refused(column: str, tokenizer_of: Callable[..., Any]) -> None:
+    for given in ("cat.png", ["cat.png"], {"bytes": b"x", "path": None}):
+        for row, source in (({"messages": FOUR}, CHAT), ({"prompt": "p", "chosen": "c", "rejected": "r"}, PAIR)):
+            assert refusal({**row, column: given}, source).startswith(
+                f'"{column}" is not empty: only text can be learnt'
+            )
+    for empty in (None, [], ""):
+        assert len(shown(tokenizer_of(), [{"messages": FOUR, column: empty}], CHAT)) == 1
+    assert (
+        len(shown(tokenizer_of(), [{column: "p", "completion": "c"}], replace(ANSWER, columns={"prompt": column}))) == 1
+    )
+
+
+def test_nulls_of_calls_and_tools_are_kept_and_those_of_tables_are_not(tmp_path: Path) -> None:
+    schema = {"type": "object", "properties": {"unit": {"type": "string", "default": None}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    arguments = {"city": "Rome", "unit": None, "days": [1, None, {"x": None}]}
+
+    def fields(row: dict[str, Any]) -> tuple[Any, Any]:
+        (found,) = conversations([("here", row)], CHAT, name="main")
+        assert not isinstance(found, Refused), found.reason
+        (call,) = json.loads(found.chosen_fields)["tool_calls"]
+        return json.loads(found.messages[0].fields)["tools"], call["function"].get("arguments")
+
+    for given in (arguments, json.dumps(arguments)):
+        calls = [{"type": "function", "function": {"name": "f", "arguments": given}}]
+        for written in (calls, json.dumps(calls), calls[0]["function"]):
+            turns = [user("a"), assistant(None, tool_calls=written)]
+            assert fields({"messages": turns, "tools": tools}) == (tools, arguments)
+            assert fields({"messages": json.dumps(turns), "tools": json.dumps(tools)}) == (tools, arguments)
+    # A struct of a table has the keys of all rows: null are those that its own row lacks.
+    calls = [
+        {"function": {"name": "f", "arguments": {"city": "Rome"}}},
+        {"function": {"name": "f", "arguments": {"x": 1}}},
+    ]
+    rows = [{"messages": [user("a"), assistant("b", tool_calls=[call])], "tools": tools} for call in calls]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    read = [row for _, row in read_rows(tmp_path / "rows.parquet", source="main", limit=10**6)]
+    assert read[0]["messages"][1]["tool_calls"][0]["function"]["arguments"] == {"city": "Rome", "x": None}
+    told = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    told[0]["function"]["parameters"]["properties"] = {"unit": {"type": "string"}}
+    assert [fields(row) for row in read] == [(told, {"city": "Rome"}), (told, {"x": 1})]
+    # As text they stand as they were written.
+    texts = [{"messages": json.dumps([user("a"), assistant("b", tool_calls=[{"name": "f", "arguments": arguments}])])}]
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{**texts[0], "tools": json.dumps(tools)}]), tmp_path / "t.parquet"
+    )
+    ((_, row),) = read_rows(tmp_path / "t.parquet", source="main", limit=10**6)
+    assert fields(row) == (tools, arguments)
 
 
 def test_what_nobody_reads_is_counted(tokenizer_of: Callable[..., Any]) -> None:
@@ -412,6 +482,27 @@ def test_messages_that_are_written_out_as_text_are_never_learnt(text: str) -> No
     assert "written out as text" in refusal({"prompt": "p", "completion": text}, ANSWER)
 
 
+def test_a_key_that_occurs_twice_in_a_cells_text_is_a_bad_row(tokenizer_of: Callable[..., Any]) -> None:
+    turns = '[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "content": "c"}]'
+    reason = "the key 'content' occurs twice in an object"
+    for text in (turns, turns.replace('"', "'"), turns.replace('"c"', "None")):
+        assert refusal({"messages": text}, CHAT) == f'"messages": {reason}'
+        assert refusal({"prompt": "p", "completion": text}, ANSWER) == f'"completion": {reason}'
+    assert reason in refusal({"prompt": '{"role": "user", "content": "a", "content": "b"}', "completion": "c"}, ANSWER)
+    calls = [{"function": {"name": "f", "arguments": '{"x": 1, "y": {"z": 1, "z": 2}}'}}]
+    row = {"messages": [user("a"), assistant(None, tool_calls=calls)]}
+    assert refusal(row, CHAT) == "\"messages\", message 2: the arguments of 'f': the key 'z' occurs twice in an object"
+    row = {"messages": [user("a"), assistant(None, tool_calls='[{"name": "f", "name": "g"}]')]}
+    assert "the key 'name' occurs twice" in refusal(row, CHAT)
+    row = {"messages": [user("a"), assistant("b")], "tools": '[{"name": "f", "name": "g"}]'}
+    assert refusal(row, CHAT) == "\"tools\": the key 'name' occurs twice in an object"
+    pairs = {"instruction": "i", "output": "o", "history": '[["a", {"b": 1, "b": 2}]]'}
+    assert "the key 'b' occurs twice" in refusal(pairs, SourceConfig(format="instruction"))
+    # What only looks like that is an answer.
+    answer = '{"x": 1, "x": 2}'
+    assert shown(tokenizer_of(), [{"prompt": "p", "completion": answer}], ANSWER)[0].endswith(f"«{answer}</s>»")
+
+
 def test_messages_that_were_written_as_json_twice_are_read(tokenizer_of: Callable[..., Any]) -> None:
     row = {"prompt": "p", "completion": json.dumps(json.dumps([assistant("a")]))}
     assert shown(tokenizer_of(), [row], ANSWER) == ["<s><|user|>p<|assistant|>«a</s>»"]
@@ -448,4 +539,17 @@ def test_a_pair_of_weight_0_is_counted_and_not_learnt(tokenizer_of: Callable[...
     pair = {"prompt": "p", "chosen": [assistant("a", weight=0)], "rejected": [assistant("b")]}
     found = encoded(tokenizer_of(), [pair], PAIR, stage="rm")
     assert not found.rows and found.dropped == {("main", "rm: an answer of weight 0"): 1}
-    assert not encoded(tokenizer_of(), [pair], PAIR, sft_on_rejected=True).rows
+    assert not encoded(tokenizer_of(), [pair], PAIR).rows
+    # Of either side, and in whatever column the worse answer stands.
+    other = {"prompt": "p", "chosen": [assistant("a")], "rejected": [assistant("b", weight=0)]}
+    scored = {"prompt": "p", "answer_0": other["rejected"], "answer_1": "a", "score_0": 1, "score_1": 2}
+    for row, source in ((other, PAIR), (scored, SourceConfig(format="scored_pair"))):
+        found = encoded(tokenizer_of(), [row], source, stage="rm")
+        assert not found.rows and found.dropped == {("main", "rm: an answer of weight 0"): 1}
+    # SFT learns each answer by its own weight.
+    start = "<s><|user|>p<|assistant|>"
+    assert shown(tokenizer_of(), [pair], PAIR, sft_on_rejected=True) == [f"{start}«b</s>»"]
+    assert shown(tokenizer_of(), [other], PAIR, sft_on_rejected=True) == [f"{start}«a</s>»"]
+    neither = {**pair, "rejected": [assistant("b", weight=0)]}
+    found = encoded(tokenizer_of(), [neither], PAIR, sft_on_rejected=True)
+    assert not found.rows and found.dropped == {("main", "sft: no answer that is to be learnt (weight 0)"): 1}

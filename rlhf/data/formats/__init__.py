@@ -28,7 +28,9 @@ SHARED = {
     "system": "a system message before the others; may be missing",
     "tools": "the functions that may be called, as OpenAI lists them; may be missing",
 }
+LABEL = {"label": "whether the answer is a good one (unpaired preferences, KTO); may be missing"}
 _ABSENT = object()
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
 _YES, _NO = ("true", "1", "1.0", "yes"), ("false", "0", "0.0", "no")
 
 
@@ -93,6 +95,11 @@ class Cells:
         """Whether a column is there with something in it; what is missing in a row of CSV is an empty text."""
         return self._value(name) is not _ABSENT and not is_empty(self._value(name))
 
+    def need(self, *names: str) -> None:
+        """Raise BadRow for a column that is missing: a format asks first, so that no fault of another one hides it."""
+        for name in names:
+            self.value(name)
+
     def value(self, name: str) -> Any:
         """A column that must be there and not null."""
         found = self._value(name)
@@ -125,6 +132,20 @@ class Cells:
         if word not in (*_YES, *_NO):
             raise BadRow(f"{self.named(name)} must be true or false, not {shown(value)}")
         return word in _YES
+
+    def judge(self, name: str = "label") -> None:
+        """Raise DroppedRow where a column says that the answer is a bad one, or is there and says nothing."""
+        found = self._value(name)
+        if found is _ABSENT:
+            return
+        if is_empty(found):
+            raise DroppedRow(f"{self.named(name)} is null or empty, so nobody says that the answer is a good one")
+        try:
+            good = self.flag(name)
+        except BadRow as bad:
+            raise BadRow(f"{bad}: if it is no judgement, let columns.{name} name a column that is not there") from None
+        if not good:
+            raise DroppedRow("labelled as a bad answer")
 
     def turns(self, name: str) -> tuple[Message, ...]:
         """A column that must be a list of messages, {"role", "content"} or {"from", "value"}, or its JSON."""
@@ -161,7 +182,10 @@ class Cells:
         Messages before an answer that repeat the column "prompt" are checked against it; others go on from it. The
         column may be missing where all the answers are messages.
         """
+        self.need(*names)
         all_turns = all(self.holds_turns(name) for name in names)
+        if not all_turns:
+            self.need("prompt")
         opening = self.opening() if self.has("prompt") or not all_turns else ()
         found = [self.answer(name) for name in names]
         prompts = [joined(opening, before, self.named(name)) for (before, _), name in zip(found, names, strict=True)]
@@ -300,12 +324,21 @@ def _with_shared(draft: Draft, cells: Cells, form: Format) -> Draft:
             raise BadRow(f"{cells.named('system')} is another system message than that of the messages")
         messages = (*(system or (Message("system", text),)), *rest)
     if "tools" in form.COLUMNS and cells.has("tools") and messages:
-        tools = tool_list(cells.value("tools"))
+        tools = tool_list(cells.value("tools"), cells.named("tools"))
         if tools is None:
             cells.read.discard(cells.columns.get("tools", "tools"))  # Of another kind: nobody reads it.
         else:
             messages = with_tools(messages, tools, cells.named("tools"))
     return replace(draft, messages=messages)
+
+
+def _check_is_text(cells: Cells, source: SourceConfig) -> None:
+    """Raise BadRow for a row with pictures, sound or films: what its text says of them could not be learnt."""
+    for column in _MEDIA:
+        if not is_empty(cells.row.get(column)) and column not in (*cells.read, *source.keep):
+            raise BadRow(
+                f'"{column}" is not empty: only text can be learnt (take the column out if the text needs none)'
+            )
 
 
 def _conversation(form: Format, row: Any, source: SourceConfig, *, name: str, where: str) -> Conversation:
@@ -314,6 +347,7 @@ def _conversation(form: Format, row: Any, source: SourceConfig, *, name: str, wh
         raise BadRow(f"must be an object with the columns {needed}, not {type(row).__name__}")
     cells = Cells(row, source.columns, tuple(source.markers))
     draft = _with_shared(_cleaned(form.read(cells), source.remove), cells, form)
+    _check_is_text(cells, source)
     chosen, rejected = draft.chosen, draft.rejected
     if chosen is not None and rejected is not None and same_turns([chosen], [rejected]):
         raise BadRow("chosen and rejected are equal")
@@ -325,6 +359,7 @@ def _conversation(form: Format, row: Any, source: SourceConfig, *, name: str, wh
         chosen_fields="" if chosen is None else chosen.fields,
         rejected_fields="" if rejected is None else rejected.fields,
         learn=chosen is None or chosen.learn,
+        learn_rejected=rejected is None or rejected.learn,
         whole=draft.whole,
         source=name,
         where=where,

@@ -15,6 +15,7 @@ COLUMNS = {
 
 def read(row: Cells) -> Draft:
     """The input stands below the instruction, an empty line between them; earlier rounds before it."""
+    row.need("instruction", "output")
     parts = [row.text("instruction")]
     if row.has("input") and (given := row.text("input", may_be_empty=True)).strip():
         parts.append(given)

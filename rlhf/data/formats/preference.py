@@ -14,7 +14,8 @@ COLUMNS = {
 def read(row: Cells) -> Draft:
     """Without a prompt column, the prompt is what the two conversations have in common, up to the user's last turn."""
     sides = ("chosen", "rejected")
-    if not row.has("prompt") and all(row.has(side) and not row.holds_turns(side) for side in sides):
+    row.need(*sides)
+    if not row.has("prompt") and not any(row.holds_turns(side) for side in sides):
         return _common(row)
     messages, (chosen, rejected) = row.answered(*sides)
     return Draft(messages=messages, chosen=chosen, rejected=rejected)

@@ -15,6 +15,7 @@ TIE = "the scores tie"
 
 def read(row: Cells) -> Draft:
     """Rows whose scores are equal prefer neither answer and are dropped."""
+    row.need("answer_0", "answer_1", "score_0", "score_1")
     messages, answers = row.answered("answer_0", "answer_1")
     scores = row.number("score_0"), row.number("score_1")
     if scores[0] == scores[1]:

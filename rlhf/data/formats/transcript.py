@@ -20,6 +20,7 @@ MARKERS = ("\n\nHuman:", "\n\nAssistant:")
 
 def read(row: Cells) -> Draft:
     """Without a prompt column, the prompt is chosen's turns but for the last; rejected must have the same."""
+    row.need("chosen")
     marks = _marks(row)
     prompt, opened = _prompt(row, marks) if row.has("prompt") else ((), False)
     messages, chosen = _answered(row, "chosen", prompt, marks, opened=opened)

@@ -29,7 +29,7 @@ def source_files(source: SourceConfig, *, name: str) -> RowFiles:
             raise DataError(f"{given} is {kind}: give {endings}, or a directory of them")
         if kind == "file" and not can_read(path):
             raise DataError(f"{given}: the name must be that of {endings}")
-        found = find_row_files(path, split=source.split, endings=suffixes())
+        found = find_row_files(path, split=source.split, endings=suffixes(), key=f"data.sources.{name}.split")
     except OSError as error:
         raise DataError(f"{given} cannot be read: {error.strerror}") from error
     if not found.files:
