@@ -68,10 +68,10 @@ def message(*overrides: str) -> str:
     return explain(raised.value)
 
 
-@pytest.mark.parametrize("group", ["rollout", "scorer", "tracking", "launcher", "lora"])
-def test_the_other_groups_compose(group: str) -> None:
-    for option in options(group):
-        assert composed(f"{group}={option}").seed == 1
+def test_the_other_groups_compose() -> None:
+    listed = {group: options(group) for group in ("rollout", "scorer", "tracking", "launcher", "lora")}
+    for index in range(max(map(len, listed.values()))):
+        assert composed(*(f"{group}={names[index % len(names)]}" for group, names in listed.items())).seed == 1
     assert composed("tracking=wandb").tracking.wandb is True
 
 
