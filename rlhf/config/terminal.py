@@ -60,7 +60,7 @@ class Outlet:
     """
 
     patience = 1.0  # Seconds that a write waits, where nothing waits already.
-    last_patience = 60.0  # The same at the process's end.
+    last_patience = 10.0  # The same at the process's end.
     _MOST = 1 << 20
     _PIECE = 256  # Bytes for which there is room where a descriptor says that it can be written to.
 
