@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from rlhf.config.errors import ConfigError
+from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.model_directory import check_directory
 from rlhf.config.model_files import read_object
-from rlhf.config.storage import storage_problem
+from rlhf.config.storage import default_cache, storage_problem
 from rlhf.config.terminal import guard_output
 from rlhf.interpreter import TALKING, require
 
@@ -195,7 +195,7 @@ def load_chat(directory: Path, options: Options) -> Chat:
     """Load a model and its tokenizer in the format that it was saved in, on the GPU if there is one."""
     import torch
 
-    from rlhf.models.door import load_model
+    from rlhf.models.door import check_tokenizer, load_model
     from rlhf.models.load import set_special_tokens
     from rlhf.models.tokenizer import complete_tokenizer, load_tokenizer
 
@@ -203,6 +203,7 @@ def load_chat(directory: Path, options: Options) -> Chat:
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     check_directory(directory)
+    check_tokenizer(directory, cache_dir=default_cache())
     tokenizer = load_tokenizer(directory)
     complete_tokenizer(tokenizer, chat_template=None)
     model = load_model(library.AutoModelForCausalLM, directory, dtype="auto")
@@ -232,7 +233,7 @@ def converse(chat: Chat, lines: Iterator[str], output: TextIO, notices: TextIO) 
         elif text:
             try:
                 chat.answer(text, output, notices)
-            except ConfigError as error:
+            except (ConfigError, DataError) as error:
                 print(f"({error})", file=notices)
 
 
@@ -283,7 +284,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("Type a message; /help lists the commands.")
         lines = typed_lines(sys.stdout) if interactive else iter(sys.stdin)
         converse(chat, lines, sys.stdout, sys.stdout if interactive else sys.stderr)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:

@@ -4,13 +4,17 @@ Files are looked at first (`rlhf.config.model_directory`); what a library still 
 of a model is ever run. Imports no torch by itself.
 """
 
+import contextlib
+import hashlib
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,10 @@ from rlhf.config.model_directory import check_directory, check_tokenizer_files
 from rlhf.interpreter import PROJECT
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 60, 300, 16 * 2**30
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model"),
+)
 _OURS = (ConfigError, KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError)
 
 
@@ -100,48 +108,76 @@ def load_model(
     return model
 
 
-def check_tokenizer(directory: Path, *, marker: Path) -> None:
-    """Try a directory's tokenizer and chat template in a short-lived process; raises ConfigError if that goes wrong.
+def check_tokenizer(
+    directory: Path, *, cache_dir: Path, chat_template: str | None = None, name: str | Path | None = None
+) -> None:
+    """Try a tokenizer with the chat template in force in a short-lived process; raises ConfigError if that goes wrong.
 
-    A crash in native code, or a template that never ends, then harms nothing else. `marker` is left where it went
-    well, so that the same files are tried once.
+    A crash in native code, or a template that never ends, then harms nothing else. What went well is noted in
+    `cache_dir`, so that the same files are tried once.
+
+    Args:
+        directory: with the tokenizer's files.
+        cache_dir: where the note is left; one that cannot be written costs another trial.
+        chat_template: what is used in place of the directory's own.
+        name: what messages call the directory.
     """
     check_tokenizer_files(directory)
+    versions = [metadata.version(package) for package in ("transformers", "tokenizers", "jinja2")]
+    marker = cache_dir / "models" / f"tried-{digest([files_digest(directory), chat_template, *versions])}"
     if marker.is_file():
         return
-    command = [sys.executable, "-m", "rlhf.models.trial", str(directory)]
+    step, code, error = _tried(directory, chat_template)
+    if not code:
+        with contextlib.suppress(OSError):
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.touch()
+        return
+    _, _, turns = step.partition("template ")
+    place = f" on a conversation of {turns} message{'' if turns == '1' else 's'}" if turns else ""
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        why = f"it takes more than {CPU_SECONDS} seconds" if step == "load" else f"it does not come to an end{place}"
+    elif code < 0:
+        why = f"native code crashes over it ({signal.Signals(-code).name})"
+    else:
+        why = error[:300] or f"the process that tried it ended with {code}"
+    what = "tokenizer of" if not place else "chat template that is given for" if chat_template else "chat template of"
+    raise ConfigError(f"the {what} {name or directory} cannot be used: {why}")
+
+
+def _tried(directory: Path, chat_template: str | None) -> tuple[str, int, str]:
+    """The step that the trial had come to, its exit code, and the last line that it wrote of an error."""
     # The package may be found from launch.py's directory only.
     path = os.pathsep.join(filter(None, (PROJECT, os.environ.get("PYTHONPATH"))))
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "rlhf.models.trial", str(directory)],
+            input=(chat_template or "").encode("utf-8", "surrogatepass"),
             capture_output=True,
-            text=True,
-            errors="replace",
             timeout=WALL_SECONDS,
             check=False,
             env={**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": path},
             preexec_fn=_limit,
         )
-        step, code = done.stdout.strip().rpartition("\n")[2], done.returncode
-        error = done.stderr.strip().rpartition("\n")[2]
+        output, code, error = done.stdout, done.returncode, done.stderr
     except subprocess.TimeoutExpired as expired:
-        step, code, error = (expired.stdout or b"").decode(errors="replace").strip().rpartition("\n")[2], -9, ""
-    if not code:
-        marker.parent.mkdir(parents=True, exist_ok=True)
-        marker.touch()
-        return
-    what = "chat template" if step == "template" else "tokenizer"
-    if code in (-signal.SIGXCPU, -signal.SIGKILL):
-        why = "it does not come to an end" if step == "template" else f"it takes more than {CPU_SECONDS} seconds"
-    elif code < 0:
-        why = f"native code crashes over it ({signal.Signals(-code).name})"
-    else:
-        why = error[:300] or f"the process that tried it ended with {code}"
-    raise ConfigError(f"the {what} of {directory} cannot be used: {why}")
+        output, code, error = expired.stdout or b"", -signal.SIGKILL, b""
+    step, line = (text.decode(errors="replace").strip().rpartition("\n")[2] for text in (output, error))
+    return step, code, line
 
 
 def _limit() -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
+    resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 60))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def digest(parts: Sequence[object]) -> str:
+    """16 letters that stand for what some objects are as texts."""
+    return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=8).hexdigest()
+
+
+def files_digest(directory: Path) -> str:
+    """The same for the files of a tokenizer."""
+    files = [directory / name for name in _TOKENIZER_FILES]
+    return digest([(file.name, hashlib.blake2b(file.read_bytes()).hexdigest()) for file in files if file.is_file()])

@@ -7,8 +7,10 @@ from typing import Any
 import torch
 
 from rlhf.config.errors import ConfigError
+from rlhf.config.storage import default_cache
 from rlhf.data.collate import pad
 from rlhf.data.messages import BadRow, message
+from rlhf.models.door import check_tokenizer
 from rlhf.models.load import ScalarModel, has_scalar_head, load_scalar_model
 from rlhf.models.score_rule import read_score_rule
 from rlhf.models.targets import encode_answer
@@ -45,6 +47,7 @@ def score(
     path = Path(directory)
     if not has_scalar_head(path):
         raise ConfigError(f"{path} is not a reward model: train one with stage=rm and give its directory")
+    check_tokenizer(path, cache_dir=default_cache())
     tokenizer = load_tokenizer(path)
     rule = read_score_rule(path, tokenizer, normalize=normalize)
     sequences = _encoded(conversations, tokenizer, tail=rule.tail)

@@ -16,14 +16,23 @@ import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.config.errors import ConfigError
+from rlhf.chat import Options, load_chat
+from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.model_directory import check_directory, directory_faults, own_code
-from rlhf.config.schema import Config, ModelConfig
+from rlhf.config.schema import Config, ModelConfig, WeightSource
 from rlhf.data.conversation import Message
 from rlhf.models.door import check_tokenizer, load_model
 from rlhf.models.load import has_scalar_head, load_causal_lm, load_scalar_model
-from rlhf.models.tokenizer import complete_tokenizer, encode_prompt, encode_response, load_tokenizer
+from rlhf.models.tokenizer import (
+    complete_tokenizer,
+    encode_prompt,
+    encode_prompts,
+    encode_response,
+    load_tokenizer,
+    prepare_tokenizer,
+)
 from rlhf.planner.architecture import from_directory
+from rlhf.rollout.reward import score
 from rlhf.stages.start import code_notes
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] + ' ' + m['content'] + ' </s> ' }}{% endfor %}"
@@ -165,19 +174,70 @@ def test_code_of_a_model_is_noticed_and_never_run(good: Path, tmp_path: Path) ->
         has_scalar_head(unknown)
 
 
+LOOP = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+
+
 @pytest.mark.processes
-def test_a_template_that_never_ends_is_stopped_and_a_good_one_is_tried_once(
-    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_given_template_is_tried_on_several_conversations_and_a_good_one_once(good: Path, tmp_path: Path) -> None:
+    late = "{% if messages | length > 3 %}" + LOOP + "{% endif %}{{ messages[0].content }}"
+    said = r"the chat template that is given for .* cannot be used: it does not come to an end on a conversation of 4 m"
+    model = ModelConfig(name="hf", source=WeightSource.pretrained, path=str(good), chat_template=late)
+    with pytest.raises(ConfigError, match=said):
+        prepare_tokenizer(model, texts=lambda: iter(()), fingerprint="f", cache_dir=tmp_path)
+    assert not list(tmp_path.rglob("tried-*"))
+    check_tokenizer(good, cache_dir=tmp_path)
+    assert len(list(tmp_path.rglob("tried-*"))) == 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlhf.models.door._tried", lambda *_: pytest.fail("tried again"))
+        check_tokenizer(good, cache_dir=tmp_path)
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{{ 'x' * 9999999999 }}", "the chat template of .* it takes too much memory"),
+        (None, "the tokenizer of .* cannot be used: (PanicException|native code crashes)"),
+    ],
+)
+def test_chat_and_score_try_what_may_crash_in_a_process_of_its_own(
+    good: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, template: str | None, said: str
 ) -> None:
-    monkeypatch.setattr("rlhf.models.door.CPU_SECONDS", 12)
-    directory = changed(good, tmp_path / "model", "tokenizer_config.json", setting())
-    loop = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
-    (directory / "chat_template.jinja").write_text(loop)
-    with pytest.raises(ConfigError, match=r"the chat template of .* cannot be used: it does not come to an end"):
-        check_tokenizer(directory, marker=tmp_path / "marker")
-    assert not (tmp_path / "marker").exists()
-    check_tokenizer(good, marker=tmp_path / "marker")
-    assert (tmp_path / "marker").exists()
+    monkeypatch.setenv("RLHF_CACHE", str(tmp_path / "cache"))
+    grows = {"type": "Replace", "pattern": {"Regex": "."}, "content": "." * 40}
+    normalizer = {"type": "Sequence", "normalizers": [grows] * 6}
+    directory = changed(
+        good, tmp_path / "model", "tokenizer.json", setting(**({} if template else {"normalizer": normalizer}))
+    )
+    if template:
+        (directory / "chat_template.jinja").write_text(template)
+    with pytest.raises(ConfigError, match=said):
+        load_chat(directory, Options())
+    scorer = changed(
+        directory, tmp_path / "scorer", "config.json", setting(architectures=["XForSequenceClassification"])
+    )
+    with pytest.raises(ConfigError, match=said):
+        score(scorer, [[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]])
+
+
+def test_a_row_on_which_the_template_does_not_end_stops_everything_and_is_told(
+    good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf.models.turns.RENDER_SECONDS", 0.2)
+    monkeypatch.setattr("rlhf.models.turns.MORE_SECONDS", 0.0)
+    tokenizer = load_tokenizer(good)
+    tokenizer.chat_template = "{% if 'b' in messages[0].content %}" + LOOP + "{% endif %}{{ messages[0].content }}"
+    with pytest.raises(
+        DataError, match=r"does not come to an end on a conversation that begins with 'a b' \(messages: 1"
+    ):
+        encode_prompts(tokenizer, [[Message("user", text)] for text in ("a", "a b", "a a")])
+    assert encode_prompt(tokenizer, [Message("user", "a")])
+
+
+def test_what_the_native_tokenizer_raises_on_a_text_is_told(good: Path, tmp_path: Path) -> None:
+    directory = changed(good, tmp_path / "model", "tokenizer.json", lambda e: e["model"].update(unk_token=""))
+    with pytest.raises(ConfigError, match="the tokenizer fails on a text: WordLevel error: Missing"):
+        encode_response(load_tokenizer(directory), "x")
 
 
 ODD: list[Any] = [None, True, -1, 0, 2, 1.5, 10**30, 2**31, "x", "", [], [1], {}, {"a": None}, "\x1b]0;x\x07"]
