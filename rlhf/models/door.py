@@ -20,6 +20,7 @@ from typing import Any
 
 from rlhf.config.errors import ConfigError
 from rlhf.config.model_directory import check_directory, check_tokenizer_files
+from rlhf.config.model_files import read_object
 from rlhf.interpreter import PROJECT
 
 CPU_SECONDS, WALL_SECONDS, MEMORY = 60, 300, 16 * 2**30
@@ -47,9 +48,13 @@ def told(what: str) -> Iterator[None]:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what an error says, with its kind where the message alone says little."""
+    """The first line of what an error says, with its kind where the message alone says little.
+
+    The hub's checks of types name the field in the first line and say what is wrong in the second.
+    """
     lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
-    message = lines[0][:300] if lines else ""
+    told = lines[: 2 if "ValidationError" in type(error).__name__ else 1]
+    message = ": ".join(line.rstrip(":") for line in told)[:300]
     plain = isinstance(error, OSError | ValueError) and not isinstance(error, UnicodeError) and len(message) > 20
     return (
         message
@@ -62,7 +67,7 @@ def load_config(name_or_path: str | Path, *, revision: str | None = None, **entr
     """A model's configuration (a transformers PreTrainedConfig); raises ConfigError."""
     from transformers import AutoConfig
 
-    if Path(name_or_path).is_dir():
+    if os.path.isdir(name_or_path):
         check_directory(Path(name_or_path))
     with told(f"the configuration of {name_or_path}"):
         return AutoConfig.from_pretrained(name_or_path, revision=revision, trust_remote_code=False, **entries)
@@ -85,20 +90,24 @@ def load_model(
         revision: on the hub.
         options: of from_pretrained.
     """
-    is_local = Path(name_or_path).is_dir()
+    is_local = os.path.isdir(name_or_path)
     if is_local:
         check_directory(Path(name_or_path))
+    options |= {"revision": revision, "trust_remote_code": False, "output_loading_info": True}
+    # The hub's OPT models are pickles only, which torch reads without running what is in them.
+    options |= {"use_safetensors": True if is_local else None, "local_files_only": is_local}
     with told(f"the model in {name_or_path}" if is_local else f"the model {name_or_path}"):
-        model, info = auto_class.from_pretrained(
-            name_or_path,
-            revision=revision,
-            trust_remote_code=False,
-            output_loading_info=True,
-            # The hub's OPT models are pickles only, which torch reads without running what is in them.
-            use_safetensors=True if is_local else None,
-            local_files_only=is_local,
-            **options,
-        )
+        try:
+            model, info = auto_class.from_pretrained(name_or_path, **options)
+        except KeyError as error:
+            if is_local and (field := _field_of(Path(name_or_path), error.args[0] if error.args else None)):
+                raise ConfigError(f"{name_or_path}/config.json: {field} is nothing that transformers knows") from error
+            raise
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error):
+                _, info = auto_class.from_pretrained(name_or_path, ignore_mismatched_sizes=True, **options)
+                raise ConfigError(_mismatch(str(name_or_path), info)) from error
+            raise
     lacking = sorted(set(info["missing_keys"]) - set(may_lack))
     if lacking:
         raise ConfigError(
@@ -106,6 +115,31 @@ def load_model(
             f"{lacking[0]}: they would be random"
         )
     return model
+
+
+def _mismatch(name: str, info: dict[str, Any]) -> str:
+    """Which of the weights have other shapes than config.json says."""
+    wrong = sorted(info["mismatched_keys"])
+    shapes = [f"{key} is {[*stored]}, but config.json makes it {[*made]}" for key, stored, made in wrong[:1]]
+    return f"{name}: {len(wrong)} of its weights have other shapes than config.json says: {''.join(shapes)}"
+
+
+def _field_of(directory: Path, value: object, entries: Any = None) -> str | None:
+    """The field of config.json that is a value which a library has no entry for, as `FIELD='VALUE'`."""
+    entries = read_object(directory / "config.json") if entries is None else entries
+    for name, entry in entries.items():
+        if isinstance(value, str) and entry == value:
+            return f"{name}={value[:80]!r}"
+        if isinstance(entry, dict) and (found := _field_of(directory, value, entry)):
+            return f"{name}.{found}"
+    return None
+
+
+def check_weights(model: Any, name: str | Path) -> None:
+    """Raise ConfigError if a model's weights are not all numbers."""
+    for key, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise ConfigError(f"{name}: the weights {key} hold NaN or infinity: the files are damaged")
 
 
 def check_tokenizer(

@@ -40,7 +40,10 @@ def end_of_turn(tokenizer: Any) -> int:
     """The token that the template writes behind an answer, such as <|im_end|>; the tokenizer's EOS if it writes none.
 
     It is what training ends answers with. An answer that the template cannot stand alone tells nothing: EOS then.
+    Raises ConfigError where there is no EOS.
     """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token: responses could never end")
     eos = int(tokenizer.eos_token_id)
     if not tokenizer.chat_template:
         return eos

@@ -7,6 +7,7 @@ everywhere, so that training, generation and chat see the same text.
 
 import importlib.util
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -54,10 +55,10 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     from transformers import PreTrainedTokenizerFast
 
     directory = Path(name_or_path)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # Path.is_dir raises where a name is too long.
         check_tokenizer_files(directory)
     try:
-        if (directory / "tokenizer.json").is_file():
+        if os.path.isfile(directory / "tokenizer.json"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
             if tokenizer.eos_token_id is not None:
                 return tokenizer  # Otherwise the tokenizer's own class knows its special tokens.
@@ -67,7 +68,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     except BaseException as error:  # What native code raises is no Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        if directory.is_dir():
+        if os.path.isdir(directory):
             raise ConfigError(f"{directory} holds no tokenizer that can be loaded: {reason(error)}") from error
         raise ConfigError(
             f"the tokenizer of {name_or_path} (revision {revision or 'main'}) could not be loaded: {reason(error)}\n"
