@@ -181,6 +181,8 @@ def find_model(run: Path) -> Path:
     A model's directory is itself; a stage's is its model; a pipeline's is the PPO model, or else the newest model of a
     stage that can write. Raises ConfigError if there is none, and for a reward model.
     """
+    if os.path.islink(run) and not os.path.exists(run):
+        raise ConfigError(f"{run} is a link that leads nowhere: give a run's directory, or a model's")
     if not os.path.exists(run):  # Path.exists raises where a name is too long.
         near = sorted(path.name for path in run.parent.glob("*") if path.is_dir()) if os.path.isdir(run.parent) else []
         hint = f"; {run.parent} has {', '.join(near[:8])}" if near else ""

@@ -169,6 +169,8 @@ def check_tokenizer(
         return
     _, _, turns = step.partition("template ")
     place = f" on a conversation of {turns} message{'' if turns == '1' else 's'}" if turns else ""
+    if code > 0 and error.startswith(str(directory)):
+        raise ConfigError(error)  # One of `load_tokenizer`, which says all that there is to say.
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         why = f"it takes more than {CPU_SECONDS} seconds" if step == "load" else f"it does not come to an end{place}"
     elif code < 0:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from rlhf.chat import Options, load_chat
+from rlhf.chat import Options, find_model, load_chat
 from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.model_directory import check_directory, directory_faults, own_code
 from rlhf.config.model_files import stored_tensors
@@ -239,6 +239,13 @@ def test_pipes_and_links_in_a_circle_are_told(good: Path, tmp_path: Path) -> Non
             (directory / name).unlink()
             os.symlink(name, directory / name) if number else os.mkfifo(directory / name)
             assert any(name in fault and said in fault for fault in directory_faults(directory)), (name, said)
+
+
+def test_the_chat_tells_names_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    for name, said in ((tmp_path / "loop", "is a link that leads nowhere"), (Path("x" * 300), "there is no directory")):
+        with pytest.raises(ConfigError, match=said):
+            find_model(name)
 
 
 def test_scoring_tells_what_is_no_reward_model_or_no_conversation(good: Path, tmp_path: Path) -> None:
