@@ -15,10 +15,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from rlhf.config.errors import ConfigError
+from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.model_directory import check_directory
 from rlhf.config.model_files import read_object
-from rlhf.config.storage import storage_problem
+from rlhf.config.storage import default_cache, storage_problem
 from rlhf.config.terminal import guard_output
 from rlhf.interpreter import TALKING, require
 
@@ -138,6 +138,12 @@ class Chat:
             self.model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamer)
         except KeyboardInterrupt:
             streamer.end()
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):
+                raise
+            raise ConfigError(
+                "the model's outputs are no numbers (NaN or infinity): its weights or its config.json are damaged"
+            ) from error
         return "".join(streamer.pieces)
 
 
@@ -175,12 +181,14 @@ def find_model(run: Path) -> Path:
     A model's directory is itself; a stage's is its model; a pipeline's is the PPO model, or else the newest model of a
     stage that can write. Raises ConfigError if there is none, and for a reward model.
     """
-    if not run.exists():
-        near = sorted(path.name for path in run.parent.glob("*") if path.is_dir()) if run.parent.is_dir() else []
+    if os.path.islink(run) and not os.path.exists(run):
+        raise ConfigError(f"{run} is a link that leads nowhere: give a run's directory, or a model's")
+    if not os.path.exists(run):  # Path.exists raises where a name is too long.
+        near = sorted(path.name for path in run.parent.glob("*") if path.is_dir()) if os.path.isdir(run.parent) else []
         hint = f"; {run.parent} has {', '.join(near[:8])}" if near else ""
         raise ConfigError(f"there is no directory {run}{hint}: give a run's directory, such as runs/NAME, or a model's")
     for directory in (run, run / "model", run / "ppo" / "model"):
-        if (directory / "config.json").is_file():
+        if os.path.lexists(directory / "config.json"):
             return _require_causal(directory)
     found = [path.parent for path in run.glob("*/model/config.json") if _writes_text(path.parent)]
     if found:
@@ -195,17 +203,20 @@ def load_chat(directory: Path, options: Options) -> Chat:
     """Load a model and its tokenizer in the format that it was saved in, on the GPU if there is one."""
     import torch
 
-    from rlhf.models.door import load_model
-    from rlhf.models.load import set_special_tokens
+    from rlhf.models.door import check_tokenizer, check_weights, load_model
+    from rlhf.models.load import fit_embedding, set_special_tokens
     from rlhf.models.tokenizer import complete_tokenizer, load_tokenizer
 
     library = _transformers()
     library.logging.set_verbosity_error()
     library.logging.disable_progress_bar()
     check_directory(directory)
+    check_tokenizer(directory, cache_dir=default_cache())
     tokenizer = load_tokenizer(directory)
     complete_tokenizer(tokenizer, chat_template=None)
     model = load_model(library.AutoModelForCausalLM, directory, dtype="auto")
+    check_weights(model, directory)
+    fit_embedding(model, tokenizer)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
     # What ends an answer is the model's; nothing else that isn't asked for may come from a file beside the weights.
     set_special_tokens(model, tokenizer)
@@ -232,7 +243,7 @@ def converse(chat: Chat, lines: Iterator[str], output: TextIO, notices: TextIO) 
         elif text:
             try:
                 chat.answer(text, output, notices)
-            except ConfigError as error:
+            except (ConfigError, DataError) as error:
                 print(f"({error})", file=notices)
 
 
@@ -283,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print("Type a message; /help lists the commands.")
         lines = typed_lines(sys.stdout) if interactive else iter(sys.stdin)
         converse(chat, lines, sys.stdout, sys.stdout if interactive else sys.stderr)
-    except ConfigError as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except PermissionError as error:

@@ -4,6 +4,7 @@ Libraries answer a wrong type with a traceback, a token id of four billion with 
 memory, and a missing layer with random weights. Here each fault is told with its file, field and reason. No torch.
 """
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from functools import lru_cache
@@ -21,25 +22,15 @@ from rlhf.config.model_files import (
     read_text_file,
     stored_tensors,
 )
+from rlhf.config.model_numbers import finite_faults, head_faults, is_int, shape_faults, size_faults
 
 INDEX, WEIGHTS = "model.safetensors.index.json", "model.safetensors"
-# Beyond any model there is, and small enough that nothing of that size fills a memory by itself.
-_SIZES = {
-    **dict.fromkeys(("hidden_size", "n_embd", "n_embed", "d_model", "word_embed_proj_dim"), 2**18),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), 2**12),
-    **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_key_value_heads", "head_dim"), 2**14),
-    **dict.fromkeys(("intermediate_size", "ffn_dim", "n_inner"), 2**22),
-    **dict.fromkeys(("vocab_size",), 2**24),
-    **dict.fromkeys(("max_position_embeddings", "n_positions", "seq_length"), 2**30),
-}
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
 LARGEST_ID = 2**24  # Tokenizers make a table as long as the largest id.
+# Which transformers takes from torch by name, whatever the name; only those in which a model can compute.
+_DTYPES = re.compile("auto|b?float16|float32|float64|half|float|double|float8_[a-z0-9]+")
 _TOKENIZER_LIMIT, _TEMPLATE_LIMIT = 256 * MIB, MIB
-# Those whose tensors are known well enough to be held against config.json.
-_KNOWN = ("opt", "llama", "qwen2", "qwen3", "gpt_neox", "bloom")
-_LAYER = re.compile(r"\.(?:layers|h)\.(\d{1,9})\.")
-_EMBEDDINGS = ("embed_tokens.weight", "embed_in.weight", "word_embeddings.weight")
 
 
 def check_directory(directory: Path) -> None:
@@ -80,9 +71,10 @@ def _looked_at(directory: Path, look: Callable[[Path], Iterator[str]]) -> tuple[
     for path in sorted(directory.iterdir()) if directory.is_dir() else []:
         try:
             facts = path.stat()
-        except OSError:
-            continue
-        state.append((path.name, facts.st_size, facts.st_mtime_ns, facts.st_ino))
+        except OSError:  # A link that leads nowhere.
+            state.append((path.name, 0, 0, 0))
+        else:
+            state.append((path.name, facts.st_size, facts.st_mtime_ns, facts.st_ino))
     return _found(directory, look, tuple(state))
 
 
@@ -102,8 +94,9 @@ def config_faults(directory: Path) -> Iterator[str]:
     if not isinstance(entries.get("model_type"), str):
         kind = kind_of(entries.get("model_type"))
         yield f"{where}model_type is {kind}; it names the architecture, as in opt or llama"
-    wrong = list(_size_faults(entries))
+    wrong = list(size_faults(entries))
     yield from (where + fault for fault in wrong)
+    yield from (where + fault for fault in (*finite_faults(entries), *_dtype_faults(entries)))
     architectures = entries.get("architectures")
     if architectures is not None and not _is_list_of(architectures, str):
         yield f"{where}architectures is {kind_of(architectures)}; it must be a list of class names"
@@ -120,37 +113,22 @@ def config_faults(directory: Path) -> Iterator[str]:
         if value is not None and not isinstance(value, dict):
             yield f"{where}{name} is {kind_of(value)} where an object belongs"
     if not wrong:
-        yield from (where + fault for fault in _head_faults(entries))
+        yield from (where + fault for fault in head_faults(entries))
 
 
-def _size_faults(entries: dict[str, Any]) -> Iterator[str]:
-    for name, limit in _SIZES.items():
-        value = entries.get(name)
-        if value is None:
-            continue
-        if not _is_int(value):
-            yield f"{name} is {kind_of(value)}; it must be a whole number"
-        elif not (0 if "layer" in name else 1) <= value <= limit:
-            yield f"{name}={_shown(value)}; it must be from 1 to {limit:,}"
-
-
-def _head_faults(entries: dict[str, Any]) -> Iterator[str]:
-    def first(*names: str) -> int | None:
-        return next((entries[name] for name in names if entries.get(name) is not None), None)
-
-    hidden, heads = first("hidden_size", "n_embd", "n_embed", "d_model"), first("num_attention_heads", "n_head")
-    groups = first("num_key_value_heads")
-    if hidden and heads and not entries.get("head_dim") and hidden % heads:
-        yield f"num_attention_heads={heads} does not divide hidden_size={hidden}"
-    if heads and groups and heads % groups:
-        yield f"num_key_value_heads={groups} does not divide num_attention_heads={heads}"
+def _dtype_faults(entries: dict[str, Any]) -> Iterator[str]:
+    for key in ("dtype", "torch_dtype"):
+        value = entries.get(key)
+        for one in value.values() if isinstance(value, dict) else [value]:  # One for each part of a model.
+            if one is not None and not (isinstance(one, str) and _DTYPES.fullmatch(one)):
+                yield f"{key} is {kind_of(one)}; it must be a format of weights, such as float32 or bfloat16"
 
 
 def _id_faults(entries: dict[str, Any], name: str) -> Iterator[str]:
     value = entries.get(name)
     several = value if isinstance(value, list) and name == "eos_token_id" else [value]
     for one in several:
-        if one is not None and not (_is_int(one) and -1 <= one < LARGEST_ID):
+        if one is not None and not (is_int(one) and -1 <= one < LARGEST_ID):
             yield f"{name} is {kind_of(one)}; it must be a token's id"
             return
 
@@ -158,8 +136,9 @@ def _id_faults(entries: dict[str, Any], name: str) -> Iterator[str]:
 def generation_faults(directory: Path) -> Iterator[str]:
     """What is wrong with generation_config.json."""
     path = directory / "generation_config.json"
-    if path.exists():
+    if os.path.lexists(path):
         entries = read_object(path)
+        yield from (f"{path}: {fault}" for fault in finite_faults(entries))
         for name in _IDS:
             yield from (f"{path}: {fault}" for fault in _id_faults(entries, name))
 
@@ -167,7 +146,7 @@ def generation_faults(directory: Path) -> Iterator[str]:
 def adapter_faults(directory: Path) -> Iterator[str]:
     """An adapter is no model; transformers would load another one, which the adapter names, in its place."""
     path = directory / "adapter_config.json"
-    if path.exists():
+    if os.path.lexists(path):
         base = read_object(path).get("base_model_name_or_path")
         yield (
             f"{directory} holds an adapter of {str(base)[:200]!r} (adapter_config.json), not a whole model: give the "
@@ -189,9 +168,9 @@ def weight_faults(directory: Path) -> Iterator[str]:
         return
     tensors: dict[str, StoredTensor] = {}
     whole, index = directory / WEIGHTS, directory / INDEX
-    if whole.exists():
+    if os.path.lexists(whole):
         tensors = stored_tensors(whole)
-    elif index.exists():
+    elif os.path.lexists(index):
         faults = list(_shard_faults(directory, index, tensors))
         yield from faults
         if faults:
@@ -203,20 +182,23 @@ def weight_faults(directory: Path) -> Iterator[str]:
         entries = read_object(directory / "config.json")
     except ModelFileError:
         return  # Told by itself.
-    if tensors and not list(_size_faults(entries)):
-        yield from (f"{directory / 'config.json'}: {fault}" for fault in _shape_faults(entries, tensors))
+    if tensors and not list(size_faults(entries)):
+        yield from (f"{directory / 'config.json'}: {fault}" for fault in shape_faults(entries, tensors))
 
 
 def _shard_faults(directory: Path, index: Path, tensors: dict[str, StoredTensor]) -> Iterator[str]:
     """What is wrong with an index and its files; their tensors are put into `tensors`."""
-    places = read_object(index).get("weight_map")
+    entries = read_object(index)
+    places, facts = entries.get("weight_map"), entries.get("metadata", {})
+    if not isinstance(facts, dict):
+        yield f"{index}: metadata is {kind_of(facts)} where an object belongs"
     if not isinstance(places, dict) or not places or not _is_list_of(list(places.values()), str):
         yield f"{index}: weight_map is {kind_of(places)}; it must be an object of tensors' names and files' names"
         return
     for name in sorted(set(places.values())):
         if Path(name).name != name or not name.endswith(".safetensors"):
             yield f"{index}: names the file {name[:80]!r}; only *.safetensors in the same directory are read"
-        elif not (directory / name).exists():
+        elif not os.path.lexists(directory / name):
             yield f"{index}: names {name}, which is not there: the download was not finished"
         else:
             tensors.update(stored_tensors(directory / name))
@@ -224,45 +206,47 @@ def _shard_faults(directory: Path, index: Path, tensors: dict[str, StoredTensor]
                 yield f"{index}: says that {lost[0][:80]!r} is in {name}, but it is not"
 
 
-def _shape_faults(entries: dict[str, Any], tensors: dict[str, StoredTensor]) -> Iterator[str]:
-    vocab, hidden = entries.get("vocab_size"), entries.get("hidden_size")
-    if entries.get("model_type") not in _KNOWN or entries.get("quantization_config") is not None:
-        if hidden and vocab and hidden * vocab > 16 * sum(tensor.elements for tensor in tensors.values()):
-            yield f"hidden_size={hidden} and vocab_size={vocab} make more weights than there are"
-        return
-    numbers = [int(match.group(1)) for name in tensors for match in _LAYER.finditer(name)]
-    layers = 1 + max(numbers, default=-1)
-    stated = entries.get("num_hidden_layers", entries.get("n_layer"))
-    if stated is not None and layers and stated != layers:
-        yield f"num_hidden_layers={stated}, but the weights have {layers} layers"
-    embedding = next((one for name, one in tensors.items() if name.endswith(_EMBEDDINGS)), None)
-    if embedding is None or len(embedding.shape) != 2:
-        return
-    width = entries.get("word_embed_proj_dim") or hidden
-    for name, value, stored in zip(("vocab_size", "hidden_size"), (vocab, width), embedding.shape, strict=True):
-        if value is not None and value != stored:
-            yield f"{name}={value}, but the embedding's weights have {stored}"
-
-
 def tokenizer_faults(directory: Path) -> Iterator[str]:
     """What is wrong with a tokenizer's files."""
     path = directory / "tokenizer.json"
-    if path.exists():
+    if os.path.lexists(path):
         yield from (f"{path}: {fault}" for fault in _backend_faults(read_object(path, limit=_TOKENIZER_LIMIT)))
     path = directory / "tokenizer_config.json"
-    if path.exists():
-        yield from (f"{path}: {fault}" for fault in _tokenizer_config_faults(read_object(path)))
+    if os.path.lexists(path):
+        wrong = list(_tokenizer_config_faults(read_object(path)))
+        yield from (f"{path}: {fault}" for fault in wrong)
+        if not wrong:
+            yield from (f"{path}: {fault}" for fault in _end_faults(directory, read_object(path)))
     for name in ("added_tokens.json", "vocab.json", "special_tokens_map.json"):
         path = directory / name
-        if path.exists():
+        if os.path.lexists(path):
             entries = read_object(path, limit=_TOKENIZER_LIMIT)
             faults = _special_faults(entries) if name.startswith("special") else _vocabulary_faults(entries, name)
             yield from (f"{path}: {fault}" for fault in faults)
     for name, limit in (("chat_template.jinja", _TEMPLATE_LIMIT), ("merges.txt", _TOKENIZER_LIMIT)):
-        if (directory / name).exists():
+        if os.path.lexists(directory / name):
             read_text_file(directory / name, limit=limit)
-    if (directory / "tokenizer.model").exists():
+    if os.path.lexists(directory / "tokenizer.model"):
         read_regular(directory / "tokenizer.model", limit=_TOKENIZER_LIMIT)
+
+
+def _end_faults(directory: Path, entries: dict[str, Any]) -> Iterator[str]:
+    """An EOS that no file has an id for becomes a new token, of which the model knows nothing."""
+    end = entries.get("eos_token")
+    end = end.get("content") if isinstance(end, dict) else end
+    path, more = directory / "tokenizer.json", directory / "added_tokens.json"
+    if not end or not os.path.lexists(path):
+        return
+    backend = read_object(path, limit=_TOKENIZER_LIMIT)
+    model, added = backend.get("model"), [*(backend.get("added_tokens") or [])]
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # Unigram: pairs of a token and its score.
+        vocabulary = [pair[0] for pair in vocabulary if isinstance(pair, list) and pair]
+    added += (entries.get("added_tokens_decoder") or {}).values()
+    known = [token.get("content") for token in added if isinstance(token, dict)]
+    known += read_object(more, limit=_TOKENIZER_LIMIT) if os.path.lexists(more) else []
+    if end not in (vocabulary or []) and end not in known:
+        yield f"eos_token is {end[:40]!r}, which is no token of {path.name}: the model has learnt nothing of it"
 
 
 def _backend_faults(entries: dict[str, Any]) -> Iterator[str]:
@@ -287,6 +271,13 @@ def _vocabulary_faults(vocabulary: dict[str, Any], name: str) -> Iterator[str]:
     wrong = next(((token, number) for token, number in vocabulary.items() if not _is_token_id(number)), None)
     if wrong is not None:
         yield f"{name}: the id of {wrong[0][:40]!r} is {_id_kind(wrong[1])}"
+    elif len(set(vocabulary.values())) < len(vocabulary):
+        first: dict[int, str] = {}
+        for token, number in vocabulary.items():
+            if number in first:
+                yield f"{name}: {first[number][:40]!r} and {token[:40]!r} have the same id {number}"
+                return
+            first[number] = token
 
 
 def _tokenizer_config_faults(entries: dict[str, Any]) -> Iterator[str]:
@@ -329,17 +320,8 @@ def _special_faults(entries: dict[str, Any]) -> Iterator[str]:
             yield f"{name} is {kind_of(value)}; it must be a token's text"
 
 
-def _shown(value: int) -> str:
-    """A number that may have thousands of digits."""
-    return str(value) if abs(value) < 10**24 else "a number of more than 24 digits"
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int  # A Boolean is an int, too.
-
-
 def _is_token_id(value: Any) -> bool:
-    return _is_int(value) and 0 <= value < LARGEST_ID
+    return is_int(value) and 0 <= value < LARGEST_ID
 
 
 def _id_kind(value: Any) -> str:

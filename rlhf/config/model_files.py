@@ -44,7 +44,7 @@ def read_regular(path: Path, *, limit: int) -> bytes:
     try:
         facts = path.stat()
         if not stat.S_ISREG(facts.st_mode):
-            raise ModelFileError(f"{path} is no regular file")
+            raise ModelFileError(f"{path} is {_file_kind(facts.st_mode)}, no regular file")
         if facts.st_size > limit:
             raise ModelFileError(f"{path} has {facts.st_size / MIB:,.0f} MiB, where at most {limit // MIB} make sense")
         return path.read_bytes()
@@ -52,6 +52,11 @@ def read_regular(path: Path, *, limit: int) -> bytes:
         if isinstance(error, ModelFileError):
             raise
         raise ModelFileError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _file_kind(mode: int) -> str:
+    kinds = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a named pipe", stat.S_IFSOCK: "a socket"}
+    return kinds.get(stat.S_IFMT(mode), "a device")
 
 
 def read_text_file(path: Path, *, limit: int = JSON_LIMIT) -> str:
@@ -97,7 +102,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     """The tensors of a safetensors file by name, from its header; raises ModelFileError for a damaged file."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
-            raise ModelFileError(f"{path} is no regular file")
+            raise ModelFileError(f"{path} is {_file_kind(path.stat().st_mode)}, no regular file")
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
@@ -110,7 +115,9 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     except UnicodeDecodeError as error:
         raise ModelFileError(f"{path} is no safetensors file: its header is no text") from error
     entries = parse_object(text, path)
-    entries.pop("__metadata__", None)
+    facts = entries.pop("__metadata__", {})
+    if not isinstance(facts, dict) or not all(isinstance(value, str) for value in facts.values()):
+        raise ModelFileError(f"{path}: the header's __metadata__ is {kind_of(facts)}; it must be an object of texts")
     found = {name: _stored(name, entry, path, data=8 + length) for name, entry in entries.items()}
     last = max((tensor.end for tensor in found.values()), default=8 + length)
     if last != size:

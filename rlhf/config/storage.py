@@ -4,6 +4,7 @@ import contextlib
 import errno
 import os
 import re
+import tempfile
 import uuid
 from pathlib import Path
 
@@ -19,6 +20,15 @@ _REASONS = {
 _RUST = re.compile(r"\(os error (\d+)\)")
 _NOT_ALLOWED = "this user has no permission there: change the permissions, or give another path"
 _PROBE_BYTES = 1 << 16
+
+
+def default_cache() -> Path:
+    """Where what can be made again is kept if nothing else is said: $RLHF_CACHE, else ~/.cache/rlhf."""
+    chosen = os.environ.get("RLHF_CACHE") or "~/.cache/rlhf"
+    try:
+        return Path(chosen).expanduser().resolve()
+    except RuntimeError:  # Neither HOME nor an entry of this user in the system's list.
+        return Path(tempfile.gettempdir()) / f"rlhf-{os.getuid()}"
 
 
 def storage_problem(error: BaseException | None) -> str | None:

@@ -249,11 +249,15 @@ def _optimizer(optimizer: OptimizerConfig, key: str) -> Iterator[str]:
 def _model_directory(path: str, key: str, *, scored: bool = False) -> Iterator[str]:
     """Whether a directory holds a language model, or with `scored` one that ends in a single number."""
     directory = Path(path)
-    if not directory.is_dir():
+    if not os.path.isdir(directory):
+        if os.path.lexists(directory):
+            kind = "a link that leads nowhere" if not os.path.exists(directory) else "a file"
+            yield f"{key}={path}: is {kind}, no directory with a model"
+            return
         siblings = [entry.name for entry in directory.parent.iterdir()] if directory.parent.is_dir() else []
         yield f"{key}={path}: there is no such directory{_nearest(directory.name, siblings)}"
         return
-    if not (directory / "config.json").is_file():
+    if not os.path.lexists(directory / "config.json"):
         hint = f"; did you mean {directory / 'model'}?" if (directory / "model" / "config.json").is_file() else ""
         yield f"{key}={path}: holds no config.json, so it is not a Hugging Face model directory{hint}"
         return

@@ -19,7 +19,7 @@ from rlhf.config.errors import ConfigError
 from rlhf.config.model_files import kind_of, read_object, stored_tensors
 from rlhf.config.writing import write_json, write_text
 from rlhf.models.tokenizer import encode_prompt, encode_response
-from rlhf.models.turns import render
+from rlhf.models.turns import render, token_ids
 
 MEAN, STD, DIGEST, TAIL, POSITION = "score_mean", "score_std", "score_weights", "score_tail", "score_position"
 RULE = "the last token of the conversation as the chat template renders it, score_tail included"
@@ -65,7 +65,7 @@ def usual_way_agrees(tokenizer: Any) -> bool:
 
 
 def _ids(tokenizer: Any, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return token_ids(tokenizer, [text])[0]
 
 
 def _rendered(tokenizer: Any) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from rlhf.config.errors import ConfigError
 from rlhf.models.template import end_of_turn, special_tokens
 from rlhf.models.tokenizer import encode_prompts, encode_response
-from rlhf.models.turns import as_turns, named_fields, render
+from rlhf.models.turns import as_turns, named_fields, render, token_ids
 
 Span = tuple[int, int]
 # As transformers finds it.
@@ -45,7 +45,7 @@ def encode_answer(tokenizer: Any, messages: Sequence[Any], answer: Any) -> list[
     end = end_of_turn(tokenizer)
     said, written = whole[len(prompt) :], str(tokenizer.convert_ids_to_tokens(end))
     said = said.rpartition(written)[0] if written in said else said
-    return [*tokenizer(said, add_special_tokens=False)["input_ids"], end]
+    return [*token_ids(tokenizer, [said])[0], end]
 
 
 def answer_spans(tokenizer: Any, messages: Sequence[Any], ids: Sequence[int]) -> list[Span] | None:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rlhf.config.errors import ConfigError
-from rlhf.models.turns import Turns, render, render_all
+from rlhf.models.turns import Turns, render, render_all, token_ids
 
 _PROMPT, _ANSWER = "\ue001", "\ue000"  # Stand for contents: no template trims, capitalises or looks for them.
 
@@ -40,7 +40,10 @@ def end_of_turn(tokenizer: Any) -> int:
     """The token that the template writes behind an answer, such as <|im_end|>; the tokenizer's EOS if it writes none.
 
     It is what training ends answers with. An answer that the template cannot stand alone tells nothing: EOS then.
+    Raises ConfigError where there is no EOS.
     """
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(f"the tokenizer of {tokenizer.name_or_path} has no EOS token: responses could never end")
     eos = int(tokenizer.eos_token_id)
     if not tokenizer.chat_template:
         return eos
@@ -77,11 +80,7 @@ def response_ends(tokenizer: Any, own: Any = None) -> tuple[int, ...]:
 
 def plain_ids(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of texts in which control tokens that are written out are plain text."""
-    if not texts:
-        return []
-    ids = [
-        list(each) for each in tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    ]
+    ids = token_ids(tokenizer, texts, split_special_tokens=True)
     end = end_of_turn(tokenizer)
     for index, own in enumerate(ids):
         if end in own:
@@ -94,8 +93,7 @@ def _without(tokenizer: Any, text: str, *, written: str) -> list[int]:
     first, *others = text.split(written)
     pieces = [first, *(f"{written[1:]}{piece}" for piece in others)]
     halves = [*(f"{piece}{written[0]}" for piece in pieces[:-1]), pieces[-1]]
-    encoded_halves = tokenizer(halves, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    return [token for ids in encoded_halves for token in ids]
+    return [token for ids in token_ids(tokenizer, halves, split_special_tokens=True) for token in ids]
 
 
 def encoded(tokenizer: Any, conversations: Sequence[Turns], *, to_answer: bool) -> list[list[int]]:
@@ -106,7 +104,7 @@ def encoded(tokenizer: Any, conversations: Sequence[Turns], *, to_answer: bool) 
             told which of those that it writes are its own.
     """
     texts = render_all(tokenizer, conversations, to_answer=to_answer)
-    ids = [list(each) for each in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    ids = token_ids(tokenizer, texts)
     special = special_tokens(tokenizer)
     control, holds_one = any_of(special), finder(special)
     for index, turns in enumerate(conversations):
@@ -190,9 +188,9 @@ def _encode_masked(tokenizer: Any, masked: str, control: re.Pattern[str], show: 
             shown = shown.lstrip()
         if index + 1 < len(pieces) and (behind := flags.get(pieces[index + 1])) and behind.lstrip:
             shown = shown.rstrip()
-        ids += [*tokenizer(usual, add_special_tokens=False)["input_ids"], *plain_ids(tokenizer, [shown])[0]]
+        ids += [*token_ids(tokenizer, [usual])[0], *plain_ids(tokenizer, [shown])[0]]
         usual = ""
-    return ids + list(tokenizer(usual, add_special_tokens=False)["input_ids"])
+    return ids + token_ids(tokenizer, [usual])[0]
 
 
 def _text(tokenizer: Any, token: int) -> str:

@@ -5,12 +5,12 @@ EOS, and a chat template. Token ids of a prompt and of a response come from `enc
 everywhere, so that training, generation and chat see the same text.
 """
 
-import hashlib
 import importlib.util
 import json
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,9 @@ from rlhf.config.model_directory import check_tokenizer_files
 from rlhf.config.schema import ModelConfig, WeightSource
 from rlhf.config.templates import chat_template_text
 from rlhf.config.writing import whole_directory
-from rlhf.models.door import check_tokenizer, reason
+from rlhf.models.door import check_tokenizer, digest, files_digest, reason
 from rlhf.models.template import encoded, end_of_turn, plain_ids
-from rlhf.models.turns import as_turns
+from rlhf.models.turns import as_turns, token_ids
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 USER, ASSISTANT, SYSTEM = "<|user|>", "<|assistant|>", "<|system|>"
@@ -55,10 +55,10 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     from transformers import PreTrainedTokenizerFast
 
     directory = Path(name_or_path)
-    if directory.is_dir():
+    if os.path.isdir(directory):  # Path.is_dir raises where a name is too long.
         check_tokenizer_files(directory)
     try:
-        if (directory / "tokenizer.json").is_file():
+        if os.path.isfile(directory / "tokenizer.json"):
             tokenizer = PreTrainedTokenizerFast.from_pretrained(str(directory))
             if tokenizer.eos_token_id is not None:
                 return tokenizer  # Otherwise the tokenizer's own class knows its special tokens.
@@ -68,7 +68,7 @@ def load_tokenizer(name_or_path: str | Path, *, revision: str | None = None) -> 
     except BaseException as error:  # What native code raises is no Exception.
         if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
             raise
-        if directory.is_dir():
+        if os.path.isdir(directory):
             raise ConfigError(f"{directory} holds no tokenizer that can be loaded: {reason(error)}") from error
         raise ConfigError(
             f"the tokenizer of {name_or_path} (revision {revision or 'main'}) could not be loaded: {reason(error)}\n"
@@ -151,24 +151,10 @@ def complete_tokenizer(tokenizer: Any, *, chat_template: str | None) -> bool:
     return changed
 
 
-def _digest(parts: Sequence[object]) -> str:
-    return hashlib.blake2b(json.dumps([str(part) for part in parts]).encode(), digest_size=8).hexdigest()
-
-
 def _save(tokenizer: Any, target: Path) -> Path:
     with whole_directory(target) as partial:
         tokenizer.save_pretrained(str(partial))
     return target
-
-
-def _directory_digest(directory: Path) -> str:
-    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "vocab.json")
-    files = [directory / name for name in (*names, "merges.txt", "tokenizer.model")]
-    return _digest([(file.name, hashlib.blake2b(file.read_bytes()).hexdigest()) for file in files if file.is_file()])
-
-
-def _versions() -> list[str]:
-    return [metadata.version(package) for package in ("transformers", "tokenizers")]
 
 
 def prepare_tokenizer(
@@ -194,29 +180,36 @@ def prepare_tokenizer(
         if not model.path:
             raise ConfigError("model.path is not set: give it a local directory or ORG/NAME on the Hugging Face hub")
         local = Path(model.path)
-        content = _directory_digest(local) if local.is_dir() else (model.path, model.revision)
+        content = files_digest(local) if local.is_dir() else (model.path, model.revision)
         identity = (content, model.chat_template, DEFAULT_TEMPLATE)
         if local.is_dir():
-            check_tokenizer(local, marker=cache_dir / "models" / f"tried-{_digest([content, *_versions()])}")
-    target = cache_dir / "models" / f"{model.name or 'model'}-{_digest(identity)}"
+            check_tokenizer(local, cache_dir=cache_dir, chat_template=model.chat_template)
+    target = cache_dir / "models" / f"{model.name or 'model'}-{digest(identity)}"
     target.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
-        return target if target.is_dir() else _build(model, texts=texts, target=target)
+        return target if target.is_dir() else _build(model, texts=texts, target=target, cache_dir=cache_dir)
 
 
-def _build(model: ModelConfig, *, texts: Callable[[], Iterator[str]], target: Path) -> Path:
+def _build(model: ModelConfig, *, texts: Callable[[], Iterator[str]], target: Path, cache_dir: Path) -> Path:
     template = model.chat_template
+    local = False
     if model.source is WeightSource.scratch:
         tokenizer = _train_bpe(texts(), vocab_size=model.scratch.vocab_size)
-        complete_tokenizer(tokenizer, chat_template=template or SCRATCH_TEMPLATE)
     elif model.source is WeightSource.gguf_package:
         tokenizer = _gguf_tokenizer(model)
-        complete_tokenizer(tokenizer, chat_template=template)
     else:
-        path = str(model.path)
-        tokenizer = load_tokenizer(path, revision=model.revision)
-        if not complete_tokenizer(tokenizer, chat_template=template) and Path(path).is_dir():
-            return Path(path)
+        tokenizer = load_tokenizer(str(model.path), revision=model.revision)
+        local = Path(str(model.path)).is_dir()
+    if not local and (template or tokenizer.chat_template):  # Those of a local directory have been tried.
+        with tempfile.TemporaryDirectory() as folder:
+            tokenizer.save_pretrained(folder)
+            check_tokenizer(
+                Path(folder), cache_dir=cache_dir, chat_template=template, name=model.path or f"model={model.name}"
+            )
+    if model.source is WeightSource.scratch:
+        template = template or SCRATCH_TEMPLATE
+    if not complete_tokenizer(tokenizer, chat_template=template) and local:
+        return Path(str(model.path))
     return _save(tokenizer, target)
 
 
@@ -227,7 +220,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
         stored = json.loads(tokenizer.backend_tokenizer.to_str())
         rules = {key: value for key, value in stored.items() if key not in ("padding", "truncation")}
     special = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-    return _digest([json.dumps(rules, sort_keys=True), special, tokenizer.chat_template])
+    return digest([json.dumps(rules, sort_keys=True), special, tokenizer.chat_template])
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[Sequence[Any]]) -> list[list[int]]:
@@ -248,7 +241,7 @@ def encode_responses(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
     """Token ids of plain texts: what the tokenizer itself puts before a text, such as BOS, and EOS at the end."""
-    whole, bare = (list(tokenizer("a", add_special_tokens=special)["input_ids"]) for special in (True, False))
+    whole, bare = (token_ids(tokenizer, ["a"], add_special_tokens=special)[0] for special in (True, False))
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     first = whole[: next(starts, 0)]
     return [[*first, *ids, tokenizer.eos_token_id] for ids in plain_ids(tokenizer, texts)]

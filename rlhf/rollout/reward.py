@@ -1,5 +1,7 @@
 """A reward model's scores of whole conversations: the public `rlhf.score`."""
 
+import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,10 @@ from typing import Any
 import torch
 
 from rlhf.config.errors import ConfigError
+from rlhf.config.storage import default_cache
 from rlhf.data.collate import pad
 from rlhf.data.messages import BadRow, message
+from rlhf.models.door import check_tokenizer
 from rlhf.models.load import ScalarModel, has_scalar_head, load_scalar_model
 from rlhf.models.score_rule import read_score_rule
 from rlhf.models.targets import encode_answer
@@ -39,12 +43,16 @@ def score(
         One number for each conversation, in their order.
 
     Raises:
-        ConfigError: no reward model; no numbers to normalise by, or those of other weights; a conversation without an
-            answer at its end, or longer than the model's positions.
+        ConfigError: no reward model, or a damaged one; no numbers to normalise by, or those of other weights; a
+            conversation without an answer at its end, or longer than the model's positions.
+        DataError: a conversation on which the chat template does not come to an end.
     """
     path = Path(directory)
+    if not os.path.isdir(path):
+        raise ConfigError(f"there is no directory {path}: give that of a reward model, as in RUN/rm/model")
     if not has_scalar_head(path):
         raise ConfigError(f"{path} is not a reward model: train one with stage=rm and give its directory")
+    check_tokenizer(path, cache_dir=default_cache())
     tokenizer = load_tokenizer(path)
     rule = read_score_rule(path, tokenizer, normalize=normalize)
     sequences = _encoded(conversations, tokenizer, tail=rule.tail)
@@ -58,6 +66,8 @@ def score(
         with torch.no_grad():
             raw = sequence_scores(model, ids.to(device), mask.to(device)).tolist()
         for number, value in zip(numbers, raw, strict=True):
+            if not math.isfinite(value):
+                raise ConfigError(f"{path}: conversation {number + 1} has the score {value}: the weights are damaged")
             scores[number] = (value - rule.mean) / rule.std
     return scores
 
@@ -70,7 +80,10 @@ def _encoded(conversations: Sequence[Any], tokenizer: Any, *, tail: Sequence[int
         except BadRow as bad:
             raise ConfigError(f"conversation {number}: {bad}") from None
         if len(turns) < 2 or turns[-1].role != "assistant":
-            raise ConfigError(f"conversation {number} does not end with an answer: its last message is the assistant's")
+            raise ConfigError(
+                f"conversation {number} does not end with an answer: its last message must be the assistant's, and a "
+                "prompt must stand before it"
+            )
         *prompt, answer = turns
         found.append([*encode_prompt(tokenizer, prompt), *encode_answer(tokenizer, prompt, answer), *tail])
     return found

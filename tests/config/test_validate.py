@@ -1,6 +1,7 @@
 """What `validate` says about configurations that compose but cannot run."""
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,18 @@ def test_model_directories_are_looked_at(tmp_path: Path) -> None:
     model_directory(model, {**SCORES, "max_position_embeddings": 100})
     assert "reward_model" not in problems("stage=ppo", f"{given}/model")[0]
     assert "100 positions" in problems("stage=ppo", f"{given}/model")[0]
+
+
+def test_what_is_no_directory_or_no_file_is_called_what_it_is(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "config.json")
+    for path, said in (
+        (tmp_path / "loop", "is a link that leads nowhere, no directory with a model"),
+        (tmp_path / "file", "is a file, no directory with a model"),
+        (tmp_path, "config.json is a named pipe, no regular file"),
+    ):
+        assert said in problems("stage=rm", f"stage.sft_model={path}")[0]
 
 
 def test_a_directory_made_from_another_model_is_noticed(tmp_path: Path) -> None:
