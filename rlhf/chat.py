@@ -242,7 +242,7 @@ def converse(chat: Chat, lines: Iterator[str], output: TextIO, notices: TextIO) 
             print(f"(there is no command {text.split()[0]}: /help lists them)", file=notices)
         elif text:
             try:
-                chat.answer(text, output, notices)
+                chat.answer(line.rstrip("\r\n"), output, notices)  # Its indentation is the user's.
             except (ConfigError, DataError) as error:
                 print(f"({error})", file=notices)
 
