@@ -1,5 +1,6 @@
 """Composing without Hydra's command line: to find every mistake of a command line, and to tell what can be given."""
 
+import copy
 import itertools
 import re
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
@@ -148,6 +150,7 @@ def find_mistakes(line: CommandLine) -> Mistakes:
     found = Mistakes(problems=list(line.problems), accepted=[])
     if not line.composable:
         return found
+    values = _Values(line)
     for override in sorted(line.overrides, key=_is_key):
         usable, bad = [], 0
         for single in _values(override, found.problems, swept=line.swept):
@@ -156,7 +159,7 @@ def find_mistakes(line: CommandLine) -> Mistakes:
             ]
             if not said:
                 try:
-                    composed = compose_given(line, [*found.accepted, single])
+                    composed = values.composed(single, found.accepted)
                     # What + adds is looked at only when the whole becomes typed objects.
                     added = next(unknown_keys(composed), "") if single.startswith("+") else ""
                     said = _unknown(added, line, single, found.accepted) if added else []
@@ -173,6 +176,35 @@ def find_mistakes(line: CommandLine) -> Mistakes:
         for flag, value in line.foreign:
             found.problems.append(flag_advice(flag, value, stage=line.stage, keys=keys) or _no_flag(flag, value, keys))
     return found
+
+
+class _Values:
+    """Tries overrides. Hydra applies those of values last, so what the others compose is kept for the next one."""
+
+    def __init__(self, line: CommandLine) -> None:
+        self._line = line
+        self._known: dict[tuple[str, ...], DictConfig] = {}  # What overrides compose: those before, and the last.
+
+    def composed(self, override: str, accepted: Sequence[str]) -> DictConfig:
+        """What an override composes beside accepted ones; raises what Hydra raises."""
+        if not self._is_value(override) or (before := self._before(tuple(accepted))) is None:
+            return compose_given(self._line, [*accepted, override])
+        whole = copy.deepcopy(before)
+        ConfigLoaderImpl._apply_overrides_to_config(OverridesParser.create().parse_overrides([override]), whole)
+        self._known = {tuple(accepted): before, (*accepted, override): whole}
+        return whole
+
+    def _is_value(self, override: str) -> bool:
+        key = override.lstrip("+~").partition("=")[0]
+        return key not in (*self._line.groups, *HIDDEN) and re.fullmatch(r"(?!hydra\b)\w+(\.\w+)*", key) is not None
+
+    def _before(self, accepted: tuple[str, ...]) -> DictConfig | None:
+        if accepted not in self._known:
+            try:
+                self._known = {accepted: compose_given(self._line, accepted)}
+            except Exception:  # With the override it fails again, and is explained.
+                return None
+        return self._known[accepted]
 
 
 def explained(error: Exception, line: CommandLine, override: str, accepted: Sequence[str]) -> list[str]:
