@@ -15,7 +15,7 @@ STYLED = rlhf launch.py tests benchmarks
 help:
 	@echo "make run           install, then train the default: SFT, reward model and PPO on this machine"
 	@echo "make test          install with the development tools, then check and test"
-	@echo "make test-fast     the tests that start no process, in a minute"
+	@echo "make test-fast     the quick tests that start no process, in two minutes"
 	@echo "make test-avx2     the tests as a processor without AVX-512 runs them (needs root)"
 	@echo "make check         style, types, layering and size limits"
 	@echo "make format        put the code into the style that 'make check' wants"
@@ -52,7 +52,7 @@ test: .venv/installed-dev
 	@$(MAKE) --no-print-directory -j 2 check pytest
 
 pytest: .venv/installed-dev
-	@echo "running the tests (ten minutes)"
+	@echo "running the tests (ten to fourteen minutes)"
 	@$(BIN)/python -m pytest -n 2
 
 test-fast: .venv/installed-dev
