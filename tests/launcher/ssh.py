@@ -65,6 +65,10 @@ def write_files(folder: Path, port: int) -> Path:
     listening = [f"ListenAddress {machine}:{port}" for machine in MACHINES]
     options = ["PidFile none", "StrictModes no", "UsePAM no", "PasswordAuthentication no", "PermitRootLogin yes"]
     files = [f"HostKey {folder / 'host_key'}", f"AuthorizedKeysFile {folder / 'authorized_keys'}"]
+    # Machines of one kind compute the same bits: what as_avx2.sh pretends here has to hold there, too.
+    names = ("ONEDNN_MAX_CPU_ISA", "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS")
+    kind = [f"{name}={os.environ[name]}" for name in names if name in os.environ]
+    files += [f"SetEnv {' '.join(kind)}"] if kind else []
     (folder / "sshd_config").write_text("\n".join([*listening, *options, *files]) + "\n")
     client = [
         *("Host *", "BatchMode yes", "IdentitiesOnly yes", f"IdentityFile {folder / 'user_key'}"),
