@@ -1,6 +1,5 @@
 """Whether the Python that runs has what is needed, told in one message; written for every Python 3, with no package."""
 
-import importlib.metadata
 import importlib.util
 import os
 import shlex
@@ -34,6 +33,8 @@ def require(program: str, modules: "tuple[str, ...]") -> None:
 
 def talk_command(run_dir: str) -> str:
     """The command that talks to a run's model, for the shell that launch.py was started in."""
+    import importlib.metadata  # Not in a Python that is too old, which this module has to tell.
+
     words = [_short_path(sys.executable or "python3"), "-m", "rlhf.chat", _short_path(run_dir)]
     # Where the package is not installed, it is found from the project's directory only.
     project = os.path.realpath(PROJECT)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from rlhf.config.errors import ConfigError, DataError
 from rlhf.config.files import write_config
 from rlhf.config.schema import Config, Reuse
 from rlhf.config.storage import storage_problem
@@ -144,7 +145,10 @@ def _moved(run: StageRun, inputs_of: InputsOf, stream: TextIO) -> bool:
     """Whether a stage's inputs changed while it was trained: it is not known what it was made of, and that is told."""
     if run.config.launcher.node_rank:
         return False  # The first machine looks.
-    changed = changed_inputs(run, inputs_of)
+    try:
+        changed = changed_inputs(run, inputs_of)
+    except (ConfigError, DataError, OSError):  # Removed meanwhile: that must not take the trained model's report away.
+        changed = ["data"]
     if changed:
         recorded = json.loads((run.directory / INPUTS).read_text(encoding="utf-8"))
         write_files(run.directory, {INPUTS: json.dumps(recorded | dict.fromkeys(changed), indent=1) + "\n"})

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf.config.errors import DataError
 from rlhf.config.schema import Accelerator, Config, HardwareConfig, Reuse
 from rlhf.launcher import pipeline
 from rlhf.launcher.command import LaunchCommand
@@ -25,13 +26,19 @@ folder = pathlib.Path(sys.argv[1])
 """
 
 
-def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *, reuse: Reuse = Reuse.auto, **inputs: str) -> list[str]:
-    """Give the same command in a folder while a stage would be made of `inputs`; return the lines that are told."""
+def small_stage(folder: Path, monkeypatch: pytest.MonkeyPatch, *, reuse: Reuse = Reuse.auto) -> StageRun:
+    """A stage in a folder whose only rank leaves what a finished one has."""
     hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
     run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware, reuse=reuse), directory=folder / "sft")
     command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
     monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
     monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    return run
+
+
+def start(folder: Path, monkeypatch: pytest.MonkeyPatch, *, reuse: Reuse = Reuse.auto, **inputs: str) -> list[str]:
+    """Give the same command in a folder while a stage would be made of `inputs`; return the lines that are told."""
+    run = small_stage(folder, monkeypatch, reuse=reuse)
     stream = io.StringIO()
     outcome = run_stages([run], gpus=(), stream=stream, inputs_of=lambda _: inputs)
     assert (outcome.code, outcome.message) == (0, "")
@@ -76,11 +83,7 @@ def test_a_finished_stage_whose_model_was_removed_is_trained_again(
 
 def test_a_store_that_cannot_be_used_is_done_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "store").touch()  # Where somebody else's folder of stages would be.
-    hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
-    run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware), directory=tmp_path / "sft")
-    command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
-    monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
-    monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    run = small_stage(tmp_path, monkeypatch)
     stream = io.StringIO()
     store = StageStore(tmp_path / "store", key_of=lambda _: "sft-1", stream=stream)
     assert run_stages([run], gpus=(), stream=stream, inputs_of=lambda _: {"data": "1"}, store=store).code == 0
@@ -96,11 +99,7 @@ def test_inputs_that_change_while_a_stage_is_trained_are_told_and_not_kept_for_o
     def inputs_of(_: Config) -> dict[str, str]:
         return {"data": next(content, "2"), "code": "1"}
 
-    hardware = HardwareConfig(accelerator=Accelerator.cpu, gpus_per_node=1, nodes=1, threads_per_rank=1)
-    run = StageRun(config=Config(stage=SFTConfig(), hardware=hardware), directory=tmp_path / "sft")
-    command = LaunchCommand(argv=(sys.executable, "-S", "-c", RANK, str(run.directory)), variables={}, port=1)
-    monkeypatch.setattr(pipeline, "launch_command", lambda *_, **__: command)
-    monkeypatch.setattr(pipeline, "role_files", lambda _: {})
+    run = small_stage(tmp_path, monkeypatch)
     stream = io.StringIO()
     store = StageStore(tmp_path / "store", key_of=lambda _: "sft-1", stream=stream)
     assert run_stages([run], gpus=(), stream=stream, inputs_of=inputs_of, store=store).code == 0
@@ -109,3 +108,18 @@ def test_inputs_that_change_while_a_stage_is_trained_are_told_and_not_kept_for_o
     assert json.loads((run.directory / "inputs.json").read_text()) == {"data": None, "code": "1"}
     # Nor does the stage count as one that is made of either.
     assert changed_inputs(run, lambda _: {"data": "1", "code": "1"}) == ["data"]
+
+
+def test_data_that_are_gone_when_a_stage_ends_do_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, there = small_stage(tmp_path, monkeypatch), iter("1")
+
+    def inputs_of(_: Config) -> dict[str, str]:
+        if (content := next(there, None)) is None:
+            raise DataError("data.sources.main: there is no such file")
+        return {"data": content}
+
+    stream = io.StringIO()
+    assert run_stages([run], gpus=(), stream=stream, inputs_of=inputs_of).code == 0
+    assert "sft: its data changed while it was trained" in stream.getvalue()
