@@ -81,8 +81,10 @@ class CommandLine:
         if flags.config_path:
             words.problems.append("--config-path: the groups are in conf/; --config-dir DIR adds your own to them")
         if flags.multirun:
-            words.problems += (many := too_many_jobs(words.overrides))
-            words.overrides = [] if many else words.overrides  # To list the values is what takes for ever.
+            swept = endless_sweep(words.overrides)
+            words.problems += [f"{' '.join(swept)}: a sweep of more than {_MOST_JOBS:,} jobs"] if swept else []
+            # To list their values is what takes for ever.
+            words.overrides = [text for text in words.overrides if text not in swept]
         composable = any((place / f"{flags.config_name or 'config'}.yaml").is_file() for place in places)
         if flags.config_dir and not Path(flags.config_dir).is_dir():
             words.problems.append(f"--config-dir {flags.config_dir}: there is no such directory")
@@ -280,8 +282,8 @@ def _values(override: str, problems: list[str], *, swept: bool) -> list[str]:
     return []  # A glob is left to Hydra.
 
 
-def too_many_jobs(overrides: Sequence[str]) -> list[str]:
-    """What to say of a sweep whose jobs Hydra would list for ever; a search draws from its ranges, and lists none."""
+def endless_sweep(overrides: Sequence[str]) -> list[str]:
+    """The overrides whose values Hydra would combine for ever; a search draws from its ranges, and lists none."""
     if any(override.lstrip("+").startswith(("sweep=", "hydra/sweeper=")) for override in overrides):
         return []
     jobs, swept = 1.0, []
@@ -297,8 +299,7 @@ def too_many_jobs(overrides: Sequence[str]) -> list[str]:
         elif parsed.is_choice_sweep():
             jobs *= len(span.list)
             swept.append(override)
-    many = f"{' '.join(swept)}: a sweep of {jobs:,.0f} jobs: at most {_MOST_JOBS:,}"
-    return [many] if jobs > _MOST_JOBS else []
+    return swept if jobs > _MOST_JOBS else []
 
 
 def known_keys(node: Any, prefix: str = "") -> Iterator[str]:
